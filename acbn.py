@@ -128,21 +128,22 @@ def log1p_sum_exp(x):
     return top + torch.log1p((x - top[:, None]).exp().sum(1) + torch.expm1(-top))
 
 
-def multi_similarity_loss(sim, positive, negative, alpha=2.0, beta=50.0, base=0.5, margin=0.1):
-    """Multi-similarity loss with its mining (Wang et al., CVPR 2019), mean over all B anchors.
+def multi_similarity_pairs(sim, positive, negative, margin=0.1):
+    """MS mining: negatives with sim + margin > the anchor's least positive, positives with sim - margin < its
+    greatest negative. An anchor without positives or without negatives keeps no pair. Two masks (B, N), thinned."""
+    least_positive = sim.masked_fill(~positive, torch.inf).amin(1, keepdim=True)        # (B, 1)
+    greatest_negative = sim.masked_fill(~negative, -torch.inf).amax(1, keepdim=True)    # (B, 1)
+    return positive & (sim - margin < greatest_negative), negative & (sim + margin > least_positive)
 
-    Mined: negatives with sim + margin > the anchor's least positive, positives with sim - margin < its greatest
-    negative. An anchor without positives or without negatives has nothing mined and counts as 0.
-    """
+
+def multi_similarity_loss(sim, positive, negative, alpha=2.0, beta=50.0, base=0.5, margin=0.1):
+    """Multi-similarity loss of the mined pairs (Wang et al., CVPR 2019); mean over all B anchors, 0 for one
+    without pairs."""
     sim = at_least_float32(sim)
-    s_p = sim.masked_fill(~positive, torch.inf)                 # (B, N) +inf: not a positive
-    s_n = sim.masked_fill(~negative, -torch.inf)                # (B, N) -inf: not a negative
-    least_p = s_p.detach().amin(1, keepdim=True)                # (B, 1)
-    greatest_n = s_n.detach().amax(1, keepdim=True)             # (B, 1)
-    s_p = s_p.masked_fill(s_p - margin >= greatest_n, torch.inf)
-    s_n = s_n.masked_fill(s_n + margin <= least_p, -torch.inf)
-    return (log1p_sum_exp(-alpha * (s_p - base)) / alpha
-            + log1p_sum_exp(beta * (s_n - base)) / beta).mean()
+    positive, negative = multi_similarity_pairs(sim.detach(), positive, negative, margin)
+    x_p = (-alpha * (sim - base)).masked_fill(~positive, -torch.inf)                    # (B, N) -inf: left out
+    x_n = (beta * (sim - base)).masked_fill(~negative, -torch.inf)                      # (B, N)
+    return (log1p_sum_exp(x_p) / alpha + log1p_sum_exp(x_n) / beta).mean()
 
 
 def pair_margin(sim, positive, negative, pos_margin=0.2, neg_margin=0.8):

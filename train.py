@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: MIT
+"""Train an embedding with AXBN or one of its baselines.
+
+    python train.py                                     synthetic products, about 2 minutes on two CPU cores
+    python train.py --dataset sop --root DIR            the paper's setting; DIR holds Stanford_Online_Products/
+
+Every epoch writes <out>/log.jsonl (one JSON line an epoch), <out>/checkpoint.pt and, when it is the best so far,
+<out>/best.pt. The same command continues where it stopped.
+"""
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import acbn
+import data
+from eval import Encoder, autocast, embed, evaluate, load_file, load_weights, positive_ranks, recall_from_ranks
+from eval import usable_ks
+
+# ---------------------------------------------------------------- settings
+
+PAPER = dict(backbone="resnet50", weights="imagenet", augment="paper", image_size=224, dim=512, batch_size=64,
+             epochs=50, head_epochs=2, lr=1e-4, lr_drops=[15, 30, 45], lr_decay=0.33, weight_decay=0.01,
+             memory_ratio=0.5, warmup_steps=0, gain_interval=100)       # Sec. 5.1
+SMALL = dict(backbone="conv4", weights="none", augment="light", image_size=32, dim=128, batch_size=64,
+             epochs=12, head_epochs=0, lr=1e-3, lr_drops=[7, 10], lr_decay=0.33, weight_decay=0.01,
+             memory_ratio=0.5, warmup_steps=500, gain_interval=100)     # from scratch, hence the warm-up
+PRESETS = {"synthetic": SMALL, "sop": PAPER, "folder": PAPER}
+
+# name: (the loss of the mined pairs, the mining that the log counts)
+LOSSES = {
+    "ms": (acbn.multi_similarity_loss, acbn.multi_similarity_pairs),
+    "supcon": (lambda s, p, n: acbn.supcon_loss(s, *acbn.pair_margin(s, p, n)), acbn.pair_margin),
+    "contrastive": (acbn.contrastive_loss, lambda s, p, n: (p, n & (s > 0.5))),
+}
+MAY_CHANGE = {"epochs", "workers", "device", "out", "root", "allow_partial"}    # on resuming
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False, epilog="'preset' defaults depend on --dataset.")
+    add = p.add_argument
+    g = p.add_argument_group("data").add_argument
+    g("--dataset", choices=PRESETS, default="synthetic", help="its preset sets every 'preset' flag below")
+    g("--root", default="data", help="the folder that holds the unpacked archive (default data)")
+    g("--allow-partial", action="store_true", help="other than official image counts are a warning")
+    g("--classes", type=int, default=1000, help="synthetic: classes to train, and as many to test (1000)")
+    g("--max-images", type=int, default=8, help="synthetic: 3 to this many images a class (8)")
+    g("--image-size", type=int, help="pixels a side (preset)")
+    g("--augment", choices=("paper", "light", "none"), help="training transform (preset)")
+    g("--workers", type=int, help="processes that read images; results do not depend on it (cores, at most 8)")
+    g = p.add_argument_group("method").add_argument
+    g("--method", choices=acbn.METHODS, default="axbn", help="xbm+batch is the paper's XBM* (axbn)")
+    g("--loss", choices=LOSSES, default="ms", help="supcon with pair margins is the paper's (ms)")
+    g("--memory-ratio", type=float, help="memory rows as a share of the training images (preset)")
+    g("--warmup-steps", type=int, help="steps with the plain loss before the memory is used (preset)")
+    g("--fill-memory", action="store_true", help="then fill it at once with random training images")
+    g("--process-noise", type=float, default=1.0, help="q of the Kalman filter (1)")
+    g("--measurement-noise", type=float, default=0.01, help="r, divided by the batch size (0.01)")
+    g("--gain-interval", type=int, help="the gain is renewed every so many steps (preset)")
+    g("--momentum", type=float, default=0.1, help="ema: share of the old estimate, in [0, 1) (0.1)")
+    g = p.add_argument_group("model").add_argument
+    g("--backbone", help="conv4 or any torchvision classifier by name (preset)")
+    g("--weights", help="imagenet, none, or a file with a state_dict (preset)")
+    g("--dim", type=int, help="size of the embedding (preset)")
+    g = p.add_argument_group("training").add_argument
+    g("--batch-size", type=int, help="images a step, over all processes (preset)")
+    g("--images-per-class", type=int, default=4, help="images of each class in a batch (4)")
+    g("--epochs", type=int, help="of len(training images) // batch-size steps (preset)")
+    g("--head-epochs", type=int, help="before that, epochs of the last layer alone (preset)")
+    g("--lr", type=float, help="of AdamW (preset)")
+    g("--lr-drops", type=int, nargs="*", help="epochs after which the rate is multiplied by --lr-decay (preset)")
+    g("--lr-decay", type=float, help="(preset)")
+    g("--weight-decay", type=float, help="of AdamW (preset)")
+    g("--amp", choices=("off", "bf16", "fp16"), help="mixed precision (bf16 on a GPU, else off)")
+    g("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    g("--seed", type=int, default=0)
+    add("--out", help="default runs/<dataset>-<method>-<loss>-b<batch>-s<seed>")
+    args = p.parse_args(argv)
+    for name, value in PRESETS[args.dataset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    on_gpu = args.device.startswith("cuda")
+    args.amp = args.amp or ("bf16" if on_gpu else "off")
+    args.workers = min(len(os.sched_getaffinity(0)), 8) if args.workers is None else args.workers
+    args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.loss}-b{args.batch_size}-s{args.seed}"
+    for name in ("image_size", "gain_interval", "dim", "batch_size", "images_per_class", "classes"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("workers", "warmup_steps", "epochs", "head_epochs", "weight_decay", "process_noise",
+                 "measurement_noise", "seed"):
+        if not getattr(args, name) >= 0:
+            p.error(f"--{name.replace('_', '-')} must be at least 0, got {getattr(args, name)}")
+    if not (args.lr > 0 and args.lr_decay > 0 and args.memory_ratio > 0 and args.max_images >= 3):
+        p.error("--lr, --lr-decay and --memory-ratio must be above 0, --max-images at least 3")
+    if args.batch_size % args.images_per_class:
+        p.error(f"--batch-size {args.batch_size} is not a multiple of --images-per-class {args.images_per_class}")
+    if not 0 <= args.momentum < 1 or args.process_noise + args.measurement_noise == 0:
+        p.error("--momentum must be in [0, 1), and --process-noise and --measurement-noise cannot both be 0")
+    if args.amp == "fp16" and not on_gpu:
+        p.error("--amp fp16 needs a GPU; use bf16 or off")
+    if on_gpu and not torch.cuda.is_available():
+        p.error(f"--device {args.device}: this torch sees no GPU; use --device cpu")
+    return args
+
+
+# ---------------------------------------------------------------- what is measured on the way
+
+@contextmanager
+def untouched(model):
+    """No gradients inside, and afterwards the buffers (batch-norm statistics) and random states are as before."""
+    saved = [b.clone() for b in model.buffers()]
+    with torch.no_grad(), torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            for buffer, value in zip(model.buffers(), saved):
+                buffer.copy_(value)
+
+
+class Probe:
+    """Measures, every `every` steps of an epoch, without a trace in the training: the pairs mined, the drift
+    (Eq. 5, dk = 1) of the batch, and the staleness of one earlier batch's rows in the memory.
+
+    Embeddings are compared for the same pixels and in the same mode, so that all that differs is the network.
+    """
+
+    def __init__(self, every, loss, mine):
+        self.every, self.loss, self.mine = every, loss, mine
+        self.active, self.rows, self.sums = False, None, {}
+
+    def __call__(self, sim, positive, negative):
+        """The loss as CrossBatchLoss calls it; counts the mined pairs on the way."""
+        if self.active:
+            p, n = self.mine(sim.detach(), positive, negative)
+            self.add(positives_mined=p.sum().item(), negatives_mined=n.sum().item())
+        return self.loss(sim, positive, negative)
+
+    def add(self, **values):
+        for name, value in values.items():
+            self.sums.setdefault(name, []).append(value)
+
+    def measure(self, step, model, criterion, x, z, embed_again):
+        """After step `step` on images x (B, ...), whose embeddings were z (B, D) before the weights moved."""
+        with untouched(model):
+            drift = (embed_again(x) - z).norm(dim=1)                        # (B,) Eq. 5
+            self.add(drift_mean=drift.mean().item(), drift_max=drift.max().item())
+            memory = criterion.memory
+            if self.rows:
+                then, old_x, stored, slots = self.rows
+                fresh = embed_again(old_x)                                  # (B, D)
+                adapted = acbn.normalize(memory.stored_embeddings[slots])   # (B, D)
+                distance = [(fresh - old).norm(dim=1).mean().item() for old in (stored, adapted)]
+                self.add(staleness=[step - then, *distance])                # age in steps, as stored, as adapted
+            n = min(len(z), len(memory))
+            if n and (self.rows is None or (step + self.every - then + 1) * len(z) > memory.size):
+                slots = (memory.pointer - n + torch.arange(n, device=z.device)) % memory.size       # (n,)
+                self.rows = step, x[-n:], z[-n:], slots     # followed until the queue would overwrite them
+
+    def take(self):
+        """The epoch's means; staleness also by age, as a list of [age, as stored, as adapted]."""
+        sums, self.sums, self.rows = self.sums, {}, None
+        by_age = sums.pop("staleness", [])
+        record = {name: sum(v) / len(v) for name, v in sums.items()}
+        for i, name in enumerate(("staleness_age", "staleness_stored", "staleness_adapted")):
+            record[name] = sum(v[i] for v in by_age) / len(by_age) if by_age else None
+        return {**record, "staleness": by_age}
+
+
+# ---------------------------------------------------------------- stages of training
+
+def train_head(model, batches, sampler, args):
+    """The new last layer alone, as the paper does first: plain supervised contrastive loss, SGD, rate 0.001."""
+    criterion = acbn.CrossBatchLoss(args.dim, 1, "none", acbn.supcon_loss)
+    criterion.to(args.device)
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.001)
+    model.eval()                                            # the backbone's batch-norm statistics stay as they are
+    for epoch in range(args.head_epochs):
+        sampler.set_epoch(epoch - args.head_epochs)         # negative: other batches than those of training
+        for x, y, _ in batches:
+            with autocast(args.device, args.amp):
+                with torch.no_grad():
+                    features = model.features(x.to(args.device))
+                z = model.head(features)
+            loss = criterion(z, y.to(args.device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        print(f"head epoch {epoch + 1}/{args.head_epochs}  loss {loss.item():.4f}", flush=True)
+    model.train()
+
+
+def fill_memory(model, criterion, split, args):
+    """Random training images, embedded by the network as it is now, until the memory is full (XBM)."""
+    g = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(split.labels), generator=g)[:criterion.memory.size].tolist()
+    images = data.Images(split, data.train_transform(args.image_size, args.augment))
+    batches = data.loader(images, args.workers, batch_size=args.batch_size, drop_last=True,
+                          sampler=[(i, k) for k, i in enumerate(order)])
+    with untouched(model), autocast(args.device, args.amp):
+        for x, y, ids in batches:
+            z = model(x.to(args.device))
+            criterion.memory.enqueue(acbn.normalize(z), y.to(args.device), ids.to(args.device))
+
+
+def train_epoch(run, epoch):
+    """One pass of N // B steps; returns the epoch's part of the log."""
+    args, model, criterion, optimizer, scaler, probe = (
+        run[k] for k in ("args", "model", "criterion", "optimizer", "scaler", "probe"))
+    rate = args.lr * args.lr_decay ** sum(epoch > drop for drop in args.lr_drops)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    run["sampler"].set_epoch(epoch)
+    steps, total = len(run["batches"]), torch.zeros((), device=args.device)
+    start = shown = time.perf_counter()
+
+    def embed_again(x):
+        with autocast(args.device, args.amp):
+            return acbn.normalize(model(x))
+
+    for step, (x, y, ids) in enumerate(run["batches"], 1):
+        if args.fill_memory and args.method != "none" and criterion.step == args.warmup_steps:
+            fill_memory(model, criterion, run["splits"].train, args)
+        x, y, ids = (t.to(args.device, non_blocking=True) for t in (x, y, ids))
+        probe.active = step % probe.every == 0
+        with autocast(args.device, args.amp):
+            z = model(x)                                    # (B, D)
+        loss = criterion(z, y, ids)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        total += loss.detach()
+        if probe.active:
+            probe.measure(step, model, criterion, x, acbn.normalize(z.detach()), embed_again)
+        now = time.perf_counter()
+        if now - shown > 5 or step == steps:
+            shown, speed = now, step / (now - start)
+            left = ((args.epochs - epoch) * steps + steps - step) / speed
+            print(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  loss {loss.item():.4f}  "
+                  f"{speed * args.batch_size:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+    return {"loss": total.item() / steps, "lr": rate, "gain": criterion.gain, "memory": len(criterion.memory),
+            "images_per_second": round(steps * args.batch_size / (time.perf_counter() - start), 1), **probe.take()}
+
+
+# ---------------------------------------------------------------- checkpoints and the log
+
+def write(path, content):
+    """Text, or anything torch.save takes, written whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    if isinstance(content, str):
+        part.write_text(content)
+    else:
+        torch.save(content, part)
+    os.replace(part, path)
+
+
+def save(run, epoch, is_best):
+    out, args = Path(run["args"].out), run["args"]
+    state = {"format": 1, "epoch": epoch, "settings": vars(args), "model": run["model"].state_dict()}
+    if is_best:
+        write(out / "best.pt", state)
+    state.update({name: run[name].state_dict() for name in ("optimizer", "scaler", "criterion")})
+    state.update(records=run["records"], rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
+    write(out / "checkpoint.pt", state)
+    write(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in run["records"]))
+
+
+def resume(run, path):
+    """Fill the run from a checkpoint; refuses one that was made with settings that change the result."""
+    state = load_file(path)
+    if not isinstance(state, dict) or state.get("format") != 1 or "optimizer" not in state:
+        raise data.DataError(f"{path}: not a checkpoint of this version of train.py; use another --out")
+    for name, value in vars(run["args"]).items():
+        if name not in MAY_CHANGE and state["settings"].get(name) != value:
+            raise data.DataError(f"{path}: was made with --{name.replace('_', '-')} {state['settings'].get(name)}, "
+                                 f"now it is {value}; use the same, or another --out")
+    for name in ("model", "optimizer", "scaler", "criterion"):
+        run[name].load_state_dict(state[name])
+    run["records"] = state["records"]
+    torch.set_rng_state(state["rng"])
+    if len(state["cuda_rng"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return state["epoch"]
+
+
+# ---------------------------------------------------------------- the run
+
+def build(args):
+    """Everything a run consists of, in one dict."""
+    random.seed(args.seed), torch.manual_seed(args.seed)
+    splits = data.load_for(vars(args), args.allow_partial)
+    sampler = data.ClassBalancedSampler(splits.train.labels, args.batch_size, args.images_per_class, args.seed)
+    rows = int(args.memory_ratio * len(splits.train.labels))
+    if len(sampler) == 0 or args.method != "none" and rows < args.batch_size:
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(splits.train.labels)} training images "
+                         f"or the {rows} rows of the memory")
+    images = data.Images(splits.train, data.train_transform(args.image_size, args.augment))
+    on_gpu = args.device.startswith("cuda")
+    batches = data.loader(images, args.workers, pin_memory=on_gpu, batch_sampler=data.Seeded(sampler))
+    model = Encoder(args.backbone, args.dim)
+    load_weights(model, args.backbone, args.weights)
+    model.to(args.device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format)
+    probe = Probe(max(1, min(50, len(sampler) // 4)), *LOSSES[args.loss])
+    criterion = acbn.CrossBatchLoss(args.dim, rows if args.method != "none" else 1, args.method, probe,
+                                    args.process_noise, args.measurement_noise, args.gain_interval, args.momentum,
+                                    args.warmup_steps).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    return dict(args=args, splits=splits, sampler=sampler, batches=batches, model=model, probe=probe,
+                criterion=criterion, optimizer=optimizer, scaler=torch.amp.GradScaler(enabled=args.amp == "fp16"),
+                records=[], ks=usable_ks(data.DATASETS[args.dataset].ks, splits))
+
+
+def raw_pixels(splits, args):
+    """Recall@1 of the test images' pixels at 32 x 32, as a floor."""
+    settings = dict(image_size=32, augment="none", amp="off")
+    z, y = embed(torch.nn.Flatten(), splits.query, settings, workers=args.workers)
+    gallery = embed(torch.nn.Flatten(), splits.gallery, settings, workers=args.workers) if splits.gallery else ()
+    return recall_from_ranks(positive_ranks(z - 127.5, y, *gallery), [1])[1]
+
+
+def finish_epoch(run, epoch, record):
+    """Evaluate, log, save. The split the best epoch is chosen on is the one it is reported on: the test split."""
+    start = time.perf_counter()
+    args = run["args"]
+    result = evaluate(run["model"], run["splits"], run["ks"], vars(args), args.device, args.workers)
+    run["records"].append({"epoch": epoch, **record, **result,
+                           "eval_seconds": round(time.perf_counter() - start, 1)})
+    best = max(run["records"], key=lambda r: r["recall@1"])
+    print(f"epoch {epoch}/{args.epochs}  " + "  ".join(f"{k} {100 * v:.2f}" for k, v in result.items()), flush=True)
+    save(run, epoch, is_best=best["epoch"] == epoch)
+    return best
+
+
+def train(args):
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    run = build(args)
+    print(json.dumps(vars(args)), flush=True)
+    write(out / "settings.json", json.dumps(vars(args), indent=1) + "\n")
+    if args.epochs == 0:
+        print(f"Recall@1 of raw pixels: {100 * raw_pixels(run['splits'], args):.2f}")
+    if (out / "checkpoint.pt").exists():
+        epoch = resume(run, out / "checkpoint.pt")
+        print(f"continuing {out} after epoch {epoch}", flush=True)
+    else:
+        epoch = 0
+        train_head(run["model"], run["batches"], run["sampler"], args)
+        finish_epoch(run, 0, {})
+    run["model"].train()
+    for epoch in range(epoch + 1, args.epochs + 1):
+        finish_epoch(run, epoch, train_epoch(run, epoch))
+    records = run["records"]
+    best = max(records, key=lambda r: r["recall@1"])
+    print(f"Recall@1: last {100 * records[-1]['recall@1']:.2f} (epoch {records[-1]['epoch']}), best "
+          f"{100 * best['recall@1']:.2f} (epoch {best['epoch']}, chosen on the test split)")
+    return records
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # clusters preempt: end like Ctrl-C
+    try:
+        return train(args)
+    except ValueError as error:         # flags that do not fit the data
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except data.DataError as error:
+        sys.exit(f"train.py: {data.sentence(error)}")
+    except KeyboardInterrupt:
+        print(f"train.py: stopped; the same command continues after the last whole epoch of {args.out}",
+              file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
