@@ -22,8 +22,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 
-class DataError(Exception):
-    """The user's data cannot be used; the message is one sentence that names the file or folder."""
+class UserError(Exception):
+    """A user's mistake, or data that cannot be used; the message is one sentence that names the file or flag."""
 
 
 class Split(NamedTuple):
@@ -63,8 +63,8 @@ def draw(shape, wobble, frequency, phase, palette, size, g):
     n, axis = len(shape), (torch.arange(size) + 0.5) / size * 2 - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")                                    # (S, S) in -1..1
     # Pose: shift, rotation, scale, stretch take the image's coordinates to the object's, u and v (n, S, S).
-    angle, scale = uniform(g, -0.4, 0.4, n, 1, 1), uniform(g, 0.95, 1.3, n, 1, 1)
-    shift, stretch = uniform(g, -0.15, 0.15, n, 2, 1, 1), uniform(g, 0.9, 1.1, n, 1, 1)
+    angle, scale = uniform(g, -0.3, 0.3, n, 1, 1), uniform(g, 0.95, 1.2, n, 1, 1)
+    shift, stretch = uniform(g, -0.12, 0.12, n, 2, 1, 1), uniform(g, 0.92, 1.08, n, 1, 1)
     dx, dy = scale * (x - shift[:, 0]), scale * (y - shift[:, 1])
     u, v = (angle.cos() * dx + angle.sin() * dy) * stretch, angle.cos() * dy - angle.sin() * dx
     k, polar = torch.arange(2, 7)[:, None, None], torch.atan2(v, u)[:, None]            # (n, 1, S, S)
@@ -73,14 +73,14 @@ def draw(shape, wobble, frequency, phase, palette, size, g):
     product = blend((waves(frequency, phase, u, v) * 4 + 0.5).clamp(0, 1), palette)
     # Background: a pattern of the same kind in greyish colours.
     stripes = waves(uniform(g, -5, 5, n, 2, 2), uniform(g, 0, 2 * math.pi, n, 2), x, y)
-    colours = 0.35 * torch.rand(n, 2, 3, generator=g) + 0.65 * torch.rand(n, 2, 1, generator=g)
+    colours = 0.3 * torch.rand(n, 2, 3, generator=g) + 0.7 * torch.rand(n, 2, 1, generator=g)
     image = torch.lerp(blend((stripes * 2 + 0.5).clamp(0, 1), colours), product, inside[:, None])
     # Occlusion: a disc of one colour. Light: a cast, a brightness, a gradient, and noise.
-    centre, reach = uniform(g, -1, 1, n, 2, 1, 1), uniform(g, 0, 0.35, n, 1, 1)
+    centre, reach = uniform(g, -1, 1, n, 2, 1, 1), uniform(g, 0, 0.3, n, 1, 1)
     disc = torch.hypot(x - centre[:, 0], y - centre[:, 1]) < reach                      # (n, S, S) True: hidden
     image = torch.where(disc[:, None], torch.rand(n, 3, 1, 1, generator=g), image)
-    slope = uniform(g, -0.35, 0.35, n, 2, 1, 1)
-    light = uniform(g, 0.85, 1.15, n, 3, 1, 1) * uniform(g, 0.7, 1.2, n, 1, 1, 1)
+    slope = uniform(g, -0.25, 0.25, n, 2, 1, 1)
+    light = uniform(g, 0.9, 1.1, n, 3, 1, 1) * uniform(g, 0.75, 1.15, n, 1, 1, 1)
     image = image * light * (1 + slope[:, 0] * x + slope[:, 1] * y)[:, None]
     image = image + 0.04 * torch.randn(image.shape, generator=g)
     return (image.clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
@@ -107,7 +107,7 @@ def read_lines(path):
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+        raise UserError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def sop(root):
@@ -119,14 +119,14 @@ def sop(root):
 def sop_list(path):
     lines, header = read_lines(path), "image_id class_id super_class_id path"
     if not lines or lines[0].split() != header.split():
-        raise DataError(f"{path}, line 1: expected '{header}', found '{lines[0][:80] if lines else ''}'")
+        raise UserError(f"{path}, line 1: expected '{header}', found '{lines[0][:80] if lines else ''}'")
     images, labels = [], []
     for number, line in enumerate(lines[1:], 2):
         tokens = line.split()
         if not tokens:
             continue
         if len(tokens) != 4 or not is_id(tokens[1]):
-            raise DataError(f"{path}, line {number}: expected four tokens, '{header}', found '{line[:80]}'")
+            raise UserError(f"{path}, line {number}: expected four tokens, '{header}', found '{line[:80]}'")
         images.append(str(path.parent / tokens[3]))
         labels.append(int(tokens[1]))
     return Split(images, torch.tensor(labels, dtype=torch.int64))
@@ -138,7 +138,7 @@ def folder(root):
         try:
             samples = ImageFolder(path).samples
         except FileNotFoundError as error:      # no root, no class folder, or one without an image
-            raise DataError(f"nothing of 'folder' in {path} ({error}); expected under --root:\n"
+            raise UserError(f"nothing of 'folder' in {path} ({error}); expected under --root:\n"
                             f"{DATASETS['folder'].tree}") from None
         return Split([p for p, _ in samples], torch.tensor([c for _, c in samples], dtype=torch.int64))
 
@@ -160,7 +160,7 @@ def find(root, name, *candidates):
     for candidate in candidates:
         if (Path(root) / candidate).exists():
             return Path(root) / candidate
-    raise DataError(f"nothing of '{name}' in {root}: no {candidates[0]} there; expected under --root:\n"
+    raise UserError(f"nothing of '{name}' in {root}: no {candidates[0]} there; expected under --root:\n"
                     f"{DATASETS[name].tree}")
 
 
@@ -191,18 +191,18 @@ def load(name, root="data", allow_partial=False, **options):
         if split is None:
             continue
         if len(split.labels) == 0:
-            raise DataError(f"{name} in {root}: the {split_name} split is empty")
+            raise UserError(f"{name} in {root}: the {split_name} split is empty")
         found, expected = (len(split.labels), len(split.labels.unique())), row.counts.get(split_name)
         if expected and found != expected:
             text = "{} images of {} classes"
             text = (f"{name} in {root}: the {split_name} split has {text.format(*found)}, "
                     f"expected {text.format(*expected)}")
             if not allow_partial:
-                raise DataError(text + "; --allow-partial uses it all the same")
+                raise UserError(text + "; --allow-partial uses it all the same")
             print(f"warning: {text}", file=sys.stderr)
     shared = set(splits.train.labels.tolist()) & set(splits.query.labels.tolist())
     if row.counts and shared:
-        raise DataError(f"{name} in {root}: class {min(shared)} is in the training and in the test list")
+        raise UserError(f"{name} in {root}: class {min(shared)} is in the training and in the test list")
     return splits
 
 
@@ -213,8 +213,8 @@ def load_for(settings, allow_partial):
 
 
 def sentence(error):
-    """The message of a DataError, also of one that a loader's worker process has wrapped in its traceback."""
-    return str(error).split("DataError: ")[-1].strip()
+    """The message of a UserError, also of one that a loader's worker process has wrapped in its traceback."""
+    return str(error).split("UserError: ")[-1].strip()
 
 
 # ---------------------------------------------------------------- images and transforms
@@ -231,7 +231,7 @@ def open_image(item):
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
-        raise DataError(f"{item}: cannot be read as an image ({reason})") from None
+        raise UserError(f"{item}: cannot be read as an image ({reason})") from None
 
 
 def eval_transform(size, recipe):
@@ -356,7 +356,7 @@ def check(split):
     def complaint(item):
         try:
             open_image(item)
-        except DataError as error:
+        except UserError as error:
             return str(error)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [text for text in pool.map(complaint, split.images) if text]
@@ -371,7 +371,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         splits = load(args.dataset, args.root, args.allow_partial)
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"data.py: {error}")
     bad = []
     for name, split in zip(splits._fields, splits):

@@ -104,7 +104,7 @@ class Encoder(nn.Module):
             self.backbone = torchvision.models.get_model(backbone, weights=None)
             linear = [n for n, m in self.backbone.named_modules() if isinstance(m, nn.Linear)]
             if not linear or backbone.startswith(("googlenet", "inception")):
-                raise data.DataError(f"--backbone {backbone}: its classifier is not one last linear layer")
+                raise data.UserError(f"--backbone {backbone}: its classifier is not one last linear layer")
             parent, _, child = linear[-1].rpartition(".")       # the classifier, which the head replaces
             width = self.backbone.get_submodule(linear[-1]).in_features
             setattr(self.backbone.get_submodule(parent), child, nn.Identity())
@@ -127,7 +127,7 @@ def load_weights(encoder, backbone, weights):
         try:
             state = torchvision.models.get_model_weights(backbone).DEFAULT.get_state_dict(progress=False)
         except (URLError, OSError, ValueError) as error:
-            raise data.DataError(f"ImageNet weights of {backbone} cannot be had ({error}); use --weights FILE, a "
+            raise data.UserError(f"ImageNet weights of {backbone} cannot be had ({error}); use --weights FILE, a "
                                  "state_dict saved elsewhere, or --weights none") from None
     else:
         state = load_file(weights)
@@ -135,7 +135,7 @@ def load_weights(encoder, backbone, weights):
     own = encoder.backbone.state_dict()
     missing = [k for k in own if k not in state or state[k].shape != own[k].shape]
     if missing:
-        raise data.DataError(f"{weights}: not a state_dict of {backbone}: {missing[0]} is missing or has another shape")
+        raise data.UserError(f"{weights}: not a state_dict of {backbone}: {missing[0]} is missing or has another shape")
     encoder.backbone.load_state_dict({k: state[k] for k in own})
 
 
@@ -145,7 +145,7 @@ def load_file(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
-        raise data.DataError(f"{path}: cannot be read as a checkpoint ({reason})") from None
+        raise data.UserError(f"{path}: cannot be read as a checkpoint ({reason})") from None
 
 
 # ---------------------------------------------------------------- evaluation
@@ -204,13 +204,13 @@ def main(argv=None):
     try:
         state = load_file(args.checkpoint)
         if not isinstance(state, dict) or not {"settings", "model", "epoch"} <= state.keys():
-            raise data.DataError(f"{args.checkpoint}: not a checkpoint of train.py")
+            raise data.UserError(f"{args.checkpoint}: not a checkpoint of train.py")
         settings = {**state["settings"], "amp": state["settings"]["amp"] if args.device != "cpu" else "off"}
         settings.update({k: v for k, v in (("dataset", args.dataset), ("root", args.root)) if v})
         splits = data.load_for(settings, args.allow_partial or settings["allow_partial"])
         ks = usable_ks(data.DATASETS[settings["dataset"]].ks, splits)
         result = evaluate(rebuild(state).to(args.device), splits, ks, settings, args.device, args.workers)
-    except data.DataError as error:
+    except data.UserError as error:
         sys.exit(f"eval.py: {data.sentence(error)}")
     print(f"{args.checkpoint}: {settings['dataset']}, epoch {state['epoch']}")
     print("  ".join(f"{name} {100 * value:.2f}" for name, value in result.items()))

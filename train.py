@@ -9,8 +9,8 @@ Every epoch writes <out>/log.jsonl (one JSON line an epoch), <out>/checkpoint.pt
 """
 import argparse
 import json
+import math
 import os
-import random
 import signal
 import sys
 import time
@@ -31,8 +31,8 @@ PAPER = dict(backbone="resnet50", weights="imagenet", augment="paper", image_siz
              epochs=50, head_epochs=2, lr=1e-4, lr_drops=[15, 30, 45], lr_decay=0.33, weight_decay=0.01,
              memory_ratio=0.5, warmup_steps=0, gain_interval=100)       # Sec. 5.1
 SMALL = dict(backbone="conv4", weights="none", augment="light", image_size=32, dim=128, batch_size=64,
-             epochs=12, head_epochs=0, lr=1e-3, lr_drops=[7, 10], lr_decay=0.33, weight_decay=0.01,
-             memory_ratio=0.5, warmup_steps=500, gain_interval=100)     # from scratch, hence the warm-up
+             epochs=6, head_epochs=0, lr=1e-3, lr_drops=[4, 5], lr_decay=0.33, weight_decay=0.01,
+             memory_ratio=0.5, warmup_steps=300, gain_interval=100)     # from scratch, hence the warm-up
 PRESETS = {"synthetic": SMALL, "sop": PAPER, "folder": PAPER}
 
 # name: (the loss of the mined pairs, the mining that the log counts)
@@ -56,7 +56,7 @@ def parse_args(argv=None):
     g("--max-images", type=int, default=8, help="synthetic: 3 to this many images a class (8)")
     g("--image-size", type=int, help="pixels a side (preset)")
     g("--augment", choices=("paper", "light", "none"), help="training transform (preset)")
-    g("--workers", type=int, help="processes that read images; results do not depend on it (cores, at most 8)")
+    g("--workers", type=int, help="processes that read images, results do not depend on it (GPU: one a core, CPU: 0)")
     g = p.add_argument_group("method").add_argument
     g("--method", choices=acbn.METHODS, default="axbn", help="xbm+batch is the paper's XBM* (axbn)")
     g("--loss", choices=LOSSES, default="ms", help="supcon with pair margins is the paper's (ms)")
@@ -90,7 +90,8 @@ def parse_args(argv=None):
             setattr(args, name, value)
     on_gpu = args.device.startswith("cuda")
     args.amp = args.amp or ("bf16" if on_gpu else "off")
-    args.workers = min(len(os.sched_getaffinity(0)), 8) if args.workers is None else args.workers
+    if args.workers is None:            # on a CPU the network's own threads use every core already
+        args.workers = min(os.cpu_count(), 16) if on_gpu else 0
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.loss}-b{args.batch_size}-s{args.seed}"
     for name in ("image_size", "gain_interval", "dim", "batch_size", "images_per_class", "classes"):
         if getattr(args, name) < 1:
@@ -244,10 +245,14 @@ def train_epoch(run, epoch):
         now = time.perf_counter()
         if now - shown > 5 or step == steps:
             shown, speed = now, step / (now - start)
+            if not math.isfinite(total.item()):
+                raise data.UserError(f"epoch {epoch}, step {step}: the loss is not finite at a learning rate of {rate:g}; "
+                                     "try a lower --lr, or --amp bf16 or off in place of fp16")
             left = ((args.epochs - epoch) * steps + steps - step) / speed
             print(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  loss {loss.item():.4f}  "
                   f"{speed * args.batch_size:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
-    return {"loss": total.item() / steps, "lr": rate, "gain": criterion.gain, "memory": len(criterion.memory),
+    gain = criterion.gain if criterion.filter_step else None
+    return {"loss": total.item() / steps, "lr": rate, "gain": gain, "memory": len(criterion.memory),
             "images_per_second": round(steps * args.batch_size / (time.perf_counter() - start), 1), **probe.take()}
 
 
@@ -278,10 +283,10 @@ def resume(run, path):
     """Fill the run from a checkpoint; refuses one that was made with settings that change the result."""
     state = load_file(path)
     if not isinstance(state, dict) or state.get("format") != 1 or "optimizer" not in state:
-        raise data.DataError(f"{path}: not a checkpoint of this version of train.py; use another --out")
+        raise data.UserError(f"{path}: not a checkpoint of this version of train.py; use another --out")
     for name, value in vars(run["args"]).items():
         if name not in MAY_CHANGE and state["settings"].get(name) != value:
-            raise data.DataError(f"{path}: was made with --{name.replace('_', '-')} {state['settings'].get(name)}, "
+            raise data.UserError(f"{path}: was made with --{name.replace('_', '-')} {state['settings'].get(name)}, "
                                  f"now it is {value}; use the same, or another --out")
     for name in ("model", "optimizer", "scaler", "criterion"):
         run[name].load_state_dict(state[name])
@@ -296,7 +301,7 @@ def resume(run, path):
 
 def build(args):
     """Everything a run consists of, in one dict."""
-    random.seed(args.seed), torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)
     splits = data.load_for(vars(args), args.allow_partial)
     sampler = data.ClassBalancedSampler(splits.train.labels, args.batch_size, args.images_per_class, args.seed)
     rows = int(args.memory_ratio * len(splits.train.labels))
@@ -309,7 +314,7 @@ def build(args):
     model = Encoder(args.backbone, args.dim)
     load_weights(model, args.backbone, args.weights)
     model.to(args.device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format)
-    probe = Probe(max(1, min(50, len(sampler) // 4)), *LOSSES[args.loss])
+    probe = Probe(max(1, min(50, len(sampler) // 6)), *LOSSES[args.loss])
     criterion = acbn.CrossBatchLoss(args.dim, rows if args.method != "none" else 1, args.method, probe,
                                     args.process_noise, args.measurement_noise, args.gain_interval, args.momentum,
                                     args.warmup_steps).to(args.device)
@@ -343,7 +348,11 @@ def finish_epoch(run, epoch, record):
 def train(args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    run = build(args)
+    try:
+        run = build(args)
+    except ValueError as error:             # flags that do not fit the data, or an unknown backbone
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
     print(json.dumps(vars(args)), flush=True)
     write(out / "settings.json", json.dumps(vars(args), indent=1) + "\n")
     if args.epochs == 0:
@@ -367,13 +376,9 @@ def train(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # clusters preempt: end like Ctrl-C
     try:
         return train(args)
-    except ValueError as error:         # flags that do not fit the data
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except data.DataError as error:
+    except data.UserError as error:
         sys.exit(f"train.py: {data.sentence(error)}")
     except KeyboardInterrupt:
         print(f"train.py: stopped; the same command continues after the last whole epoch of {args.out}",
@@ -382,4 +387,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # clusters preempt: end like Ctrl-C
     main()
