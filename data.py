@@ -362,18 +362,21 @@ def check(split):
         return [text for text in pool.map(complaint, split.images) if text]
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="What a data set's lists say.", allow_abbrev=False)
     parser.add_argument("--dataset", choices=DATASETS, default="synthetic")
-    parser.add_argument("--root", default="data", help="the folder that holds the unpacked archive")
+    parser.add_argument("--root", default="data", help="the folder that holds the unpacked archive (default data)")
     parser.add_argument("--allow-partial", action="store_true", help="other than official counts are a warning")
     parser.add_argument("--check", action="store_true", help="open every image and list the bad ones")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args, bad = parse_args(argv), []
     try:
         splits = load(args.dataset, args.root, args.allow_partial)
     except (UserError, OSError) as error:
         sys.exit(f"data.py: {error}")
-    bad = []
     for name, split in zip(splits._fields, splits):
         if split is None:
             print(f"{name:8} the queries, each without itself")
@@ -382,8 +385,8 @@ def main(argv=None):
         print(f"{name:8} {len(split.labels):7} images {len(counts):6} classes, "
               f"{int(counts.min())} to {int(counts.max())} images each")
         bad += check(split) if args.check else []
-    print(*bad, sep="\n", end="\n" if bad else "")
     if bad:
+        print(*bad, sep="\n")
         sys.exit(f"data.py: {len(bad)} images of {args.dataset} in {args.root} cannot be read")
 
 

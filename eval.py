@@ -8,7 +8,6 @@ its similarity; a tie with another class counts against the query; a query witho
 """
 import argparse
 import json
-import pickle
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -143,9 +142,9 @@ def load_file(path):
     """A file of plain data written by torch.save, on the CPU."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
-        raise data.UserError(f"{path}: cannot be read as a checkpoint ({reason})") from None
+    except Exception as error:      # torn bytes make the unpickler raise anything
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
+        raise data.UserError(f"{path}: cannot be read as a checkpoint ({reason.splitlines()[0]})") from None
 
 
 # ---------------------------------------------------------------- evaluation
@@ -192,7 +191,7 @@ def rebuild(state):
     return model.eval()
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Recall@K and MAP@R of a checkpoint.", allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, help="checkpoint.pt or best.pt of a run")
     parser.add_argument("--dataset", choices=data.DATASETS, help="default: the one it was trained on")
@@ -200,7 +199,11 @@ def main(argv=None):
     parser.add_argument("--allow-partial", action="store_true", help="other than official counts are a warning")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     try:
         state = load_file(args.checkpoint)
         if not isinstance(state, dict) or not {"settings", "model", "epoch"} <= state.keys():

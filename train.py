@@ -305,9 +305,11 @@ def build(args):
     splits = data.load_for(vars(args), args.allow_partial)
     sampler = data.ClassBalancedSampler(splits.train.labels, args.batch_size, args.images_per_class, args.seed)
     rows = int(args.memory_ratio * len(splits.train.labels))
-    if len(sampler) == 0 or args.method != "none" and rows < args.batch_size:
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(splits.train.labels)} training images "
-                         f"or the {rows} rows of the memory")
+    if len(sampler) == 0:
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(splits.train.labels)} training images")
+    if args.method != "none" and rows < args.batch_size:
+        raise ValueError(f"--memory-ratio {args.memory_ratio:g} makes a memory of {rows} rows, less than --batch-size "
+                         f"{args.batch_size}")
     images = data.Images(splits.train, data.train_transform(args.image_size, args.augment))
     on_gpu = args.device.startswith("cuda")
     batches = data.loader(images, args.workers, pin_memory=on_gpu, batch_sampler=data.Seeded(sampler))
@@ -354,14 +356,14 @@ def train(args):
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     print(json.dumps(vars(args)), flush=True)
-    write(out / "settings.json", json.dumps(vars(args), indent=1) + "\n")
     if args.epochs == 0:
         print(f"Recall@1 of raw pixels: {100 * raw_pixels(run['splits'], args):.2f}")
-    if (out / "checkpoint.pt").exists():
-        epoch = resume(run, out / "checkpoint.pt")
+    resumed = (out / "checkpoint.pt").exists()
+    epoch = resume(run, out / "checkpoint.pt") if resumed else 0
+    write(out / "settings.json", json.dumps(vars(args), indent=1) + "\n")
+    if resumed:
         print(f"continuing {out} after epoch {epoch}", flush=True)
     else:
-        epoch = 0
         train_head(run["model"], run["batches"], run["sampler"], args)
         finish_epoch(run, 0, {})
     run["model"].train()

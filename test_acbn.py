@@ -1,0 +1,979 @@
+# SPDX-License-Identifier: MIT
+"""Tests: pytest -q test_acbn.py. Twins are float64 loops in numpy, a deque, brute force; scripts run as scripts.
+
+Tests named test_memory_... and test_losses_... after the faults they guard against follow the order in which such
+faults are usually met in public code.
+"""
+import collections
+import doctest
+import inspect
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import acbn
+import data
+import eval as evaluation
+import train
+from acbn import METHODS, CrossBatchLoss, CrossBatchMemory
+
+HERE = Path(__file__).parent
+LOSSES = (acbn.multi_similarity_loss, acbn.supcon_loss, acbn.contrastive_loss)
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def rows(n, d, seed=0, dtype=torch.float64):
+    """n random unit rows (n, d)."""
+    return F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=1)
+
+
+def case(B=12, N=40, classes=5, seed=0, dtype=torch.float64):
+    """Similarities (B, N) of anchors to references near their class centres, and both masks."""
+    g = torch.Generator().manual_seed(seed)
+    centre = torch.randn(classes, 6, generator=g, dtype=dtype)
+    y, ref_y = (torch.randint(classes, (n,), generator=g) for n in (B, N))
+    z, ref = (acbn.normalize(centre[t] + torch.randn(len(t), 6, generator=g, dtype=dtype)) for t in (y, ref_y))
+    return (z @ ref.T, *acbn.pair_masks(y, ref_y))
+
+
+# ---------------------------------------------------------------- moments, Eqs. 6 and 23
+
+def test_eq6_moments_and_matching_equal_a_float64_loop():
+    z, target = rows(50, 7).numpy(), rows(9, 7, seed=1).numpy()
+    expected = np.empty_like(z)
+    for d in range(7):
+        mean, std = sum(z[:, d]) / 50, 0.0
+        std = math.sqrt(sum((v - mean) ** 2 for v in z[:, d]) / 49)
+        t_mean = sum(target[:, d]) / 9
+        t_std = math.sqrt(sum((v - t_mean) ** 2 for v in target[:, d]) / 8)
+        for i in range(50):
+            expected[i, d] = (z[i, d] - mean) / std * t_std + t_mean
+    got = acbn.match_moments(torch.tensor(z), *acbn.moments(torch.tensor(target)))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
+
+
+def test_eq6_matched_moments_are_the_target_and_twice_is_once():
+    memory, (mean, std) = rows(200, 5), acbn.moments(rows(30, 5, seed=1) + 0.3)
+    once = acbn.match_moments(memory, mean, std)
+    for got, expected in zip(acbn.moments(once), (mean, std)):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(acbn.match_moments(once, mean, std), once, rtol=0, atol=1e-12)
+
+
+def test_eq12_recovers_a_diagonal_affine_drift():
+    z, A, b = rows(100, 6), torch.rand(6, dtype=torch.float64) + 0.5, torch.randn(6, dtype=torch.float64)
+    drifted = A * z + b                                                             # z' = A z + b, Eq. 7
+    torch.testing.assert_close(acbn.match_moments(z, *acbn.moments(drifted)), drifted)
+
+
+def test_eq6_known_moments_and_out_give_the_same():
+    memory, (mean, std) = rows(40, 4), acbn.moments(rows(8, 4, seed=1))
+    expected, storage = acbn.match_moments(memory, mean, std), memory.data_ptr()
+    assert torch.equal(acbn.match_moments(memory, mean, std, *acbn.moments(memory)), expected)
+    acbn.match_moments(memory, mean, std, out=memory)
+    assert torch.equal(memory, expected) and memory.data_ptr() == storage
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, -3.7, 1e6])
+def test_eq6_constant_dimension_is_only_shifted(constant):
+    memory = rows(300, 4, dtype=torch.float32)
+    memory[:, 2] = constant
+    out = acbn.match_moments(memory, torch.full((4,), 0.25), torch.ones(4))
+    torch.testing.assert_close(out[:, 2], torch.full((300,), 0.25), rtol=0, atol=1e-6 * max(1, abs(constant)))
+
+
+def test_eq6_one_row_has_no_deviation():
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        acbn.moments(rows(1, 4))
+
+
+# ---------------------------------------------------------------- the filter, Eqs. 18-22 and Algorithm 1
+
+def test_alg1_lines_1_to_3_equal_a_float_loop_and_reach_the_fixed_point():
+    for q, r, B in ((1.0, 0.01, 64), (1e-3, 0.5, 16), (0.0, 0.3, 4)):
+        p = twin = 1.0
+        for _ in range(500):
+            p, K = acbn.kalman_gain(p, B, q, r)
+            prior = twin + q
+            gain = prior / (prior + r / B)
+            twin = (1 - gain) * prior
+            assert p == pytest.approx(twin, rel=1e-12) and K == pytest.approx(gain, rel=1e-12)
+        if q:
+            fixed = (math.sqrt(q * q + 4 * q * r / B) - q) / 2      # the root of p = (p + q) r / (p + q + r)
+            assert p == pytest.approx(fixed, rel=1e-9) and K == pytest.approx((p + q) / (p + q + r / B), rel=1e-9)
+
+
+def test_alg1_published_values_give_a_gain_above_0_999():
+    for B, least in ((16, 0.999), (64, 0.9998)):
+        p = 1.0
+        for _ in range(100):
+            p, K = acbn.kalman_gain(p, B)
+            assert K > least
+
+
+def test_alg1_lines_4_and_5_and_the_interval():
+    mean, std, p, K = torch.zeros(3), torch.ones(3), 1.0, 1.0
+    v, s = torch.tensor([1.0, 2.0, 3.0]), torch.full((3,), 3.0)
+    gains = []
+    for step in range(7):
+        before = mean.clone(), std.clone()
+        mean, std, p, K = acbn.kalman_update(mean, std, p, K, v, s, 16, step, 0.01, 8.0, gain_interval=3)
+        torch.testing.assert_close(mean, before[0] + K * (v - before[0]))
+        torch.testing.assert_close(std, before[1] + K * (s - before[1]))
+        gains.append(K)
+    assert gains[0] == gains[1] == gains[2] != gains[3] == gains[5] != gains[6]
+
+
+def test_alg1_constant_gain_is_an_exponential_average():         # App. C
+    values, average = torch.rand(20, 2), torch.zeros(2)
+    mean = torch.zeros(2)
+    for v in values:
+        mean = acbn.kalman_update(mean, mean, 1.0, 0.3, v, v, 8, step=1)[0]
+        average = 0.7 * average + 0.3 * v
+    torch.testing.assert_close(mean, average)
+
+
+def test_alg1_noises_of_zero_are_refused():
+    with pytest.raises(ValueError, match="cannot both be 0"):
+        acbn.kalman_gain(0.0, 16, 0.0, 0.0)
+    with pytest.raises(ValueError, match="not both 0"):
+        CrossBatchLoss(4, 8, process_noise=0, measurement_noise=0)
+
+
+def axbn_twin(batches, M, q, r, interval):
+    """Algorithm 1 row by row in float64: the stored rows, oldest first, after all batches."""
+    queue, mu, sigma, p, K = collections.deque(maxlen=M), None, None, 1.0, None
+    for k, batch in enumerate(batches):
+        batch = [row / math.sqrt(sum(v * v for v in row)) for row in batch]
+        mean, std = np.mean(batch, 0), np.std(batch, 0, ddof=1)
+        if k == 0:
+            mu, sigma = mean, std
+        if k % interval == 0:
+            p = p + q                                           # line 1
+            K = p / (p + r / len(batch))                        # line 2
+            p = (1 - K) * p                                     # line 3
+        mu = mu + K * (mean - mu)                               # line 4
+        sigma = sigma + K * (std - sigma)                       # line 5
+        if len(queue) > 1:
+            m, s = np.mean(queue, 0), np.std(queue, 0, ddof=1)
+            for i, row in enumerate(queue):                     # lines 6-9
+                queue[i] = (row - m) / s * sigma + mu
+        queue.extend(batch)
+    return np.array(queue)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+def test_alg1_fifty_steps_equal_a_row_by_row_twin(dtype, tolerance):
+    rng = np.random.default_rng(0)
+    batches = [rng.normal(size=(16, 6)) + 0.02 * k for k in range(50)]
+    criterion = CrossBatchLoss(6, 100, "axbn", process_noise=1e-3, measurement_noise=0.5, gain_interval=3).to(dtype)
+    for batch in batches:
+        criterion(torch.tensor(batch, dtype=dtype), torch.arange(16) // 4)
+    memory = criterion.memory
+    got = memory.embeddings.roll(-memory.pointer, 0)
+    np.testing.assert_allclose(got, axbn_twin(batches, 100, 1e-3, 0.5, 3), rtol=0, atol=tolerance)
+    assert 0.05 < criterion.gain < 0.5          # a filter that does nothing would fail above
+
+
+def run(criterion, steps=12, B=8, dim=5, seed=0, dtype=torch.float32):
+    """Losses and anchors' gradients of some steps on random, drifting embeddings."""
+    out, g = [], torch.Generator().manual_seed(seed)
+    for k in range(steps):
+        z = (torch.randn(B, dim, generator=g) + 0.1 * k).to(dtype).requires_grad_()
+        y = torch.randint(6, (B,), generator=g)
+        loss = criterion(z, y)
+        loss.backward()
+        out.append((loss.detach(), z.grad))
+    return out
+
+
+@pytest.mark.parametrize("other", [dict(method="axbn", measurement_noise=0.0), dict(method="ema", momentum=0.0)])
+def test_eq23_without_measurement_noise_or_momentum_is_xbn_to_the_last_bit(other):
+    xbn, same = CrossBatchLoss(5, 30, "xbn"), CrossBatchLoss(5, 30, gain_interval=1, **other)
+    for (a, grad_a), (b, grad_b) in zip(run(xbn), run(same)):
+        assert torch.equal(a, b) and torch.equal(grad_a, grad_b)
+    assert torch.equal(xbn.memory.embeddings, same.memory.embeddings)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_of_exactly_one_batch_gives_the_value_of_none(method):
+    plain, other = CrossBatchLoss(5, 8, "none"), CrossBatchLoss(5, 8, method)
+    z, y = rows(8, 5, dtype=torch.float32), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    for k in range(3):
+        a, b = plain(z + k, y), other(z + k, y)
+        torch.testing.assert_close(b, 2 * a if method == "xbm+batch" else a, rtol=0, atol=1e-5)
+
+
+def test_xbm_gradient_flows_through_the_anchors_only():
+    z, y = rows(8, 5).requires_grad_(), torch.arange(8) // 2
+    criterion = CrossBatchLoss(5, 8, "xbm", acbn.contrastive_loss).double()
+    (grad,) = torch.autograd.grad(criterion(z, y), z)
+    fixed = acbn.normalize(z.detach())
+    masks = acbn.pair_masks(y, y, torch.arange(8))
+    (expected,) = torch.autograd.grad(acbn.contrastive_loss(acbn.normalize(z) @ fixed.T, *masks), z)
+    torch.testing.assert_close(grad, expected)
+    (both,) = torch.autograd.grad(CrossBatchLoss(5, 8, "none", acbn.contrastive_loss).double()(z, y), z)
+    assert not torch.allclose(both, grad) and not criterion.memory.embeddings.requires_grad
+
+
+# ---------------------------------------------------------------- the memory
+
+def test_memory_label_zero_in_the_last_slot_does_not_empty_it():
+    memory = CrossBatchMemory(4, 2)
+    memory.enqueue(torch.ones(4, 2), torch.tensor([-5, 2 ** 40, 7, 0]))
+    assert len(memory) == 4 and memory.labels.tolist() == [-5, 2 ** 40, 7, 0]
+
+
+def test_memory_is_a_fifo_equal_to_a_deque_under_random_batches():
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 7, 32):
+        memory, twin, n = CrossBatchMemory(size, 1), collections.deque(maxlen=size), 0
+        for B in rng.integers(1, 2 * size + 3, 60).tolist() + [1, size, size + 1]:
+            new = range(n, n + B)
+            n += B
+            slots = memory.enqueue(torch.tensor(new).float()[:, None], torch.tensor(new), torch.tensor(new) + 5)
+            twin.extend(new)
+            order = [t.roll(-memory.pointer, 0) for t in (memory.embeddings[:, 0], memory.labels, memory.ids - 5)]
+            assert all(t.tolist() == list(twin) for t in order) and len(memory) == len(twin)
+            assert memory.stored_labels[slots].tolist() == list(new)[-min(B, size):]
+    memory.reset()
+    assert len(memory) == 0 and memory.embeddings.shape == (0, 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_state_dict_holds_all_that_the_next_step_depends_on(method, tmp_path):
+    make = lambda: CrossBatchLoss(5, 20, method, process_noise=0.01, measurement_noise=1.0, gain_interval=3,  # noqa
+                                  warmup_steps=2)
+    whole, first, second = make(), make(), make()
+    expected = run(whole, 7) + run(whole, 9, B=3, seed=1)
+    run(first, 7)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for (a, grad_a), (b, grad_b) in zip(expected[7:], run(second, 9, B=3, seed=1)):
+        assert torch.equal(a, b) and torch.equal(grad_a, grad_b)
+
+
+def test_memory_is_written_in_place():
+    criterion = CrossBatchLoss(5, 20, "axbn")
+    before = {name: b.data_ptr() for name, b in criterion.named_buffers()}
+    run(criterion, 10)
+    criterion.load_state_dict(criterion.state_dict())
+    assert before == {name: b.data_ptr() for name, b in criterion.named_buffers()}
+
+
+class Recorder:
+    """A loss that keeps what it was called with."""
+
+    def __call__(self, sim, positive, negative):
+        self.sim, self.positive, self.negative = sim.detach(), positive, negative
+        return sim.sum() * 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("B", [1, 3, 4, 7, 11])
+def test_memory_excludes_the_anchors_own_slot_and_no_copy(B, dtype):
+    seen, M = Recorder(), 7
+    criterion = CrossBatchLoss(4, M, "xbm", seen)
+    z, y = torch.ones(B, 4, dtype=dtype), torch.zeros(B, dtype=torch.int64)     # every row is every other's copy
+    for k in range(5):
+        criterion(z, y)
+        n, kept = len(criterion.memory), min(B, M)
+        missing = ~(seen.positive | seen.negative)
+        assert missing.sum() == kept and not seen.negative.any()
+        slots = [(criterion.memory.pointer - kept + i) % M for i in range(kept)]
+        assert [missing[B - kept + i].nonzero().item() for i in range(kept)] == slots
+        assert n == min(M, B * (k + 1))
+
+
+def test_memory_stale_copies_of_an_image_count_as_positives():       # reading 8 of acbn.py
+    seen = Recorder()
+    criterion = CrossBatchLoss(4, 10, "xbm", seen)
+    for _ in range(2):
+        criterion(rows(2, 4), torch.tensor([0, 1]), ids=torch.tensor([10, 11]))
+    assert seen.positive.tolist() == [[True, False, False, False], [False, True, False, False]]
+    assert criterion.memory.ids.tolist() == [10, 11, 10, 11]
+
+
+def test_memory_is_adapted_then_enqueued_then_compared():
+    seen, z = Recorder(), [rows(6, 4, seed=k, dtype=torch.float32) for k in range(2)]
+    criterion, y = CrossBatchLoss(4, 20, "xbn", seen), torch.arange(6) // 2
+    criterion(z[0], y)
+    criterion(z[1], y)
+    stored = torch.cat([acbn.match_moments(z[0], *acbn.moments(z[1])), z[1]])
+    torch.testing.assert_close(criterion.memory.embeddings, stored)         # the adapted rows stay in store
+    torch.testing.assert_close(seen.sim, z[1] @ F.normalize(stored, dim=1).T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_takes_16_bit_inputs_and_stays_float32(method, dtype):
+    half, full = CrossBatchLoss(5, 20, method), CrossBatchLoss(5, 20, method)
+    for k in range(4):
+        z, y = rows(8, 5, seed=k).to(dtype), torch.arange(8) // 2
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = half(z.requires_grad_(), y)
+        loss.backward()
+        torch.testing.assert_close(loss, full(z.detach().float(), y), rtol=0, atol=1e-6)
+        assert loss.dtype == torch.float32 and z.grad.dtype == dtype
+    assert half.memory.embeddings.dtype == half.mean.dtype == torch.float32
+
+
+def test_memory_of_float64_and_many_adaptations_stay_accurate():
+    single, double = CrossBatchLoss(6, 256, "xbn"), CrossBatchLoss(6, 256, "xbn").double()
+    g = torch.Generator().manual_seed(0)
+    for k in range(930):
+        z = torch.randn(8, 6, generator=g) + 2
+        for criterion in (single, double):
+            with torch.no_grad():
+                criterion(z.to(criterion.mean.dtype), torch.arange(8) // 4)
+    assert (single.memory.embeddings - double.memory.embeddings).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_is_the_same_on_all_ranks_and_the_gradient_is_not_off_by_the_world_size(method):
+    """Each rank's own slice is live in the batch gathered in rank order; ranks are played one after the other."""
+    one, ranks, W = CrossBatchLoss(5, 30, method), [CrossBatchLoss(5, 30, method) for _ in range(2)], 2
+    for k in range(5):
+        z, y = rows(8, 5, seed=k, dtype=torch.float32).requires_grad_(), torch.arange(8) // 2
+        loss = one(z, y)
+        (expected,) = torch.autograd.grad(loss, z)
+        for rank, criterion in enumerate(ranks):
+            slices = list(z.detach().split(4))
+            slices[rank].requires_grad_()
+            live = slices[rank]
+            local = criterion(torch.cat(slices), y)
+            (grad,) = torch.autograd.grad(W * local, live)
+            torch.testing.assert_close(grad / W, expected[4 * rank:4 * rank + 4])      # DDP divides by W
+            torch.testing.assert_close(local, loss)
+            assert torch.equal(criterion.memory.embeddings, one.memory.embeddings)
+
+
+def test_memory_warms_up_and_resets():
+    criterion, plain = CrossBatchLoss(5, 30, "xbn", warmup_steps=3), CrossBatchLoss(5, 1, "none")
+    for _ in range(2):
+        losses = list(zip(run(criterion, 5), run(plain, 5)))
+        assert all(torch.equal(a, b) and torch.equal(g, h) for (a, g), (b, h) in losses[:3])
+        assert not torch.equal(losses[4][0][0], losses[4][1][0]) and len(criterion.memory) == 16
+        criterion.reset()
+        assert len(criterion.memory) == criterion.step == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_takes_batches_of_any_size(method):
+    criterion = CrossBatchLoss(5, 12, method)
+    for k, B in enumerate((1, 2, 30, 1, 12, 5, 1, 13)):
+        z = rows(B, 5, seed=k, dtype=torch.float32).requires_grad_()
+        criterion(z, torch.arange(B) // 2).backward()
+        assert torch.isfinite(z.grad).all() and torch.isfinite(criterion.memory.embeddings).all()
+
+
+def test_memory_refuses_what_does_not_fit():
+    for wrong in (dict(size=0, dim=4), dict(size=4, dim=0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            CrossBatchMemory(**wrong)
+    with pytest.raises(ValueError, match="takes embeddings"):
+        CrossBatchMemory(4, 3).enqueue(torch.ones(2, 2), torch.ones(2))
+    with pytest.raises(ValueError, match="expected embeddings"):
+        CrossBatchLoss(4, 8)(torch.ones(2, 4), torch.ones(2, 1))
+    with pytest.raises(ValueError, match="one of none, xbm"):
+        CrossBatchLoss(4, 8, "moco")
+    for wrong in (dict(gain_interval=0), dict(momentum=1.0), dict(momentum=-0.1)):
+        with pytest.raises(ValueError, match="gain_interval"):
+            CrossBatchLoss(4, 8, **wrong)
+
+
+# ---------------------------------------------------------------- the losses
+
+def ms_twin(sim, positive, negative, alpha=2.0, beta=50.0, base=0.5, margin=0.1):
+    total = 0.0
+    for s, p, n in zip(sim, positive, negative):
+        if not p.any() or not n.any():
+            continue
+        pos = [v for v in s[p] if v - margin < max(s[n])]
+        neg = [v for v in s[n] if v + margin > min(s[p])]
+        total += math.log(1 + sum(math.exp(-alpha * (v - base)) for v in pos)) / alpha
+        total += math.log(1 + sum(math.exp(beta * (v - base)) for v in neg)) / beta
+    return total / len(sim)
+
+
+def supcon_twin(sim, positive, negative, temperature=0.1):
+    losses = []
+    for s, p, n in zip(sim / temperature, positive, negative):
+        if p.any():
+            top = math.log(sum(math.exp(v) for v in s[p | n]))
+            losses.append(-sum(v - top for v in s[p]) / p.sum())
+    losses = [v for v in losses if v > 0]
+    return sum(losses) / len(losses) if losses and positive.any() and negative.any() else 0.0
+
+
+def contrastive_twin(sim, positive, negative, margin=0.5):
+    return sum(sum(1 - v for v in s[p]) + sum(v for v in s[n] if v > margin)
+               for s, p, n in zip(sim, positive, negative)) / len(sim)
+
+
+@pytest.mark.parametrize("loss, twin, factors", [
+    (acbn.multi_similarity_loss, ms_twin, dict(alpha=3.0, beta=20.0, base=0.8, margin=0.3)),
+    (acbn.supcon_loss, supcon_twin, dict(temperature=0.4)),
+    (acbn.contrastive_loss, contrastive_twin, dict(margin=0.2))])
+def test_losses_equal_float64_loops_and_every_factor_is_an_argument(loss, twin, factors):
+    assert list(inspect.signature(loss).parameters) == ["sim", "positive", "negative", *factors]
+    for seed in range(6):
+        sim, positive, negative = case(seed=seed, classes=3 + 4 * seed)
+        for kwargs in ({}, factors):
+            expected = twin(sim.numpy(), positive.numpy(), negative.numpy(), **kwargs)
+            assert loss(sim, positive, negative, **kwargs).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_losses_of_two_points_have_closed_forms():
+    sim, own = torch.tensor([[0.7, 0.65]], dtype=torch.float64), torch.tensor([[True, False]])
+    assert acbn.contrastive_loss(sim, own, ~own).item() == pytest.approx(0.3 + 0.65)
+    assert acbn.supcon_loss(sim, own, ~own).item() == pytest.approx(math.log(1 + math.exp(-0.5)))
+    expected = math.log(1 + math.exp(-0.4)) / 2 + math.log(1 + math.exp(7.5)) / 50
+    assert acbn.multi_similarity_loss(sim, own, ~own).item() == pytest.approx(expected)
+    assert acbn.multi_similarity_loss(sim - torch.tensor([0, 0.3]), own, ~own).item() == 0      # nothing is hard
+
+
+def test_losses_pair_margin_is_a_euclidean_distance():
+    sim = torch.tensor([[0.97, 0.99, 0.67, 0.69]])
+    positive, negative = torch.ones(2, 1, 4, dtype=torch.bool)
+    p, n = acbn.pair_margin(sim, positive, negative)
+    assert p.tolist() == [[True, False, True, True]] and n.tolist() == [[True, True, False, True]]
+    p, n = acbn.pair_margin(sim, ~positive, ~negative)
+    assert not p.any() and not n.any()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_have_the_right_gradient(loss):
+    sim, positive, negative = case(B=5, N=9, classes=3)
+    assert torch.autograd.gradcheck(lambda s: loss(s, positive, negative), sim.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("missing", ["positives", "negatives", "both", "of one anchor"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_without_pairs_are_a_zero_that_keeps_a_finite_graph(loss, missing):
+    sim, positive, negative = case(dtype=torch.float32)
+    sim.requires_grad_()
+    if missing in ("positives", "both"):
+        positive = positive & False
+    if missing in ("negatives", "both"):
+        negative = negative & False
+    if missing == "of one anchor":
+        positive[0] = negative[0] = False
+    value = loss(sim, positive, negative)
+    (grad,) = torch.autograd.grad(value, sim)
+    assert torch.isfinite(grad).all() and torch.isfinite(value)
+    if missing == "of one anchor":
+        assert (grad[0] == 0).all() and value > 0
+    elif missing == "both" or loss is not acbn.contrastive_loss:
+        assert value == 0 and (grad == 0).all()
+
+
+def test_losses_log1p_sum_exp_neither_overflows_nor_gives_nan():
+    x = torch.tensor([[-torch.inf, -torch.inf], [1e4, -1e4], [-1e4, -torch.inf], [-20.0, -torch.inf]],
+                     requires_grad=True)
+    out = acbn.log1p_sum_exp(x)
+    torch.testing.assert_close(out, torch.tensor([0.0, 1e4, 0.0, math.exp(-20)]))
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, torch.tensor([[0.0, 0], [1, 0], [0, 0], [math.exp(-20), 0]]))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_are_computed_in_float32_under_autocast(loss):
+    z, y = rows(16, 8, dtype=torch.float32), torch.arange(16) // 4
+    expected = CrossBatchLoss(8, 16, "none", loss)(z, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(CrossBatchLoss(8, 16, "none", loss)(z, y), expected)
+    for dtype in (torch.float16, torch.bfloat16):       # as a pure function: exp(50 (1 - 0.5)) is inf in float16
+        sim, positive, negative = case(dtype=torch.float32)
+        sim[positive] = 1.0
+        value = loss(sim.to(dtype), positive, negative)
+        torch.testing.assert_close(value, loss(sim.to(dtype).float(), positive, negative))
+        assert value.dtype == torch.float32
+
+
+class NoHostSync(TorchDispatchMode):
+    """Fails on the operations that would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket._qualified_op_name
+        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"), name
+        assert not (name == "aten::index" and any(i is not None and i.dtype == torch.bool for i in args[1])), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, train.LOSSES["supcon"][0]])
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_and_memory_never_synchronise_with_the_host(method, loss):
+    criterion = CrossBatchLoss(5, 20, method, loss)
+    with NoHostSync():
+        run(criterion, 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_and_memory_never_synchronise_with_a_gpu(method):
+    criterion = CrossBatchLoss(5, 20, method).cuda()
+    batches = [(rows(8, 5, k, torch.float32).cuda().requires_grad_(), (torch.arange(8) // 2).cuda()) for k in range(6)]
+    criterion(*batches[0]).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for z, y in batches[1:]:
+            criterion(z, y).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_losses_and_updaters_cite_the_equation_where_it_is_computed():
+    source = (HERE / "acbn.py").read_text()
+    for place in ("Eq. 6", "Eqs. 6 and 23", "Eq. 12", "Eq. 20", "Eqs. 18-22", "Alg. 1, line 1", "Alg. 1, line 2",
+                  "Alg. 1, line 3", "line 4", "line 5", "lines 6-9"):
+        assert place in source, place
+    assert "Eq. 5" in (HERE / "train.py").read_text()
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_normalize_at_any_scale(scale):
+    z = rows(5, 4, dtype=torch.float32)
+    x = (z * scale).requires_grad_()
+    torch.testing.assert_close(acbn.normalize(x), z)
+    assert (acbn.normalize(torch.zeros(2, 3)) == 0).all()
+    acbn.normalize(x).sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_losses_equal_pytorch_metric_learning():
+    pytest.importorskip("pytorch_metric_learning")
+    from pytorch_metric_learning import distances, losses, miners, reducers
+    mined_supcon = train.LOSSES["supcon"][0]
+    pairs = [(acbn.multi_similarity_loss, losses.MultiSimilarityLoss(2, 50, 0.5), miners.MultiSimilarityMiner(0.1)),
+             (acbn.supcon_loss, losses.SupConLoss(0.1), None),
+             (mined_supcon, losses.SupConLoss(0.1), miners.PairMarginMiner(0.2, 0.8))]
+    y = torch.arange(24) // 4
+    for ours, theirs, miner in pairs:
+        z = (rows(6, 8)[y] + 0.5 * rows(24, 8, seed=1)).requires_grad_()
+        value = CrossBatchLoss(8, 1, "none", ours).double()(z, y)
+        expected = theirs(z, y, miner(z, y) if miner else None)
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(*(torch.autograd.grad(v, z)[0] for v in (value, expected)), rtol=1e-5, atol=1e-6)
+    # Its contrastive loss of a negative is sim - 0.5, XBM's is sim: another value with the same gradient.
+    theirs = losses.ContrastiveLoss(1, 0.5, distance=distances.CosineSimilarity(), reducer=reducers.SumReducer())
+    sim, negative = acbn.normalize(z) @ acbn.normalize(z).T, acbn.pair_masks(y, y)[1]
+    value = CrossBatchLoss(8, 1, "none", acbn.contrastive_loss).double()(z, y)
+    expected = (theirs(z, y) + 0.5 * (negative & (sim > 0.5)).sum()) / 24
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(v, z)[0] for v in (value, expected)), rtol=1e-5, atol=1e-6)
+
+
+def test_docstring_usage_runs():
+    assert doctest.testmod(acbn).attempted > 3 and doctest.testmod(acbn).failed == 0
+
+
+def test_acbn_imports_torch_alone():
+    imports = re.findall(r"^\s*(?:import|from) (\w+)", (HERE / "acbn.py").read_text(), re.M)
+    assert set(imports) == {"torch"} and (HERE / "acbn.py").read_text().startswith("# SPDX-License-Identifier: MIT\n")
+
+
+# ---------------------------------------------------------------- data sets
+
+def make_sop(root, train=(3, 4, 2), test=(4, 3, 1), edit=lambda text: text):
+    """A replica of Stanford Online Products with so many images of each class, odd files among them."""
+    base, image_id, class_id = root / "Stanford_Online_Products", 0, 0
+    (base / "bicycle_final").mkdir(parents=True)
+    for name, counts in (("Ebay_train.txt", train), ("Ebay_test.txt", test)):
+        lines = ["image_id class_id super_class_id path"]
+        for n in counts:
+            class_id += 1
+            for k in range(n):
+                image_id += 1
+                path = f"bicycle_final/{110000000000 + class_id}_{k}.JPG"
+                pixels = np.random.default_rng(class_id * 100 + k).integers(0, 60, (40, 50, 3)) + 30 * (class_id % 6)
+                image = Image.fromarray(pixels.astype(np.uint8))
+                image = image.convert("L") if k == 2 else image
+                image.save(base / path, format="GIF" if k == 1 else "JPEG")         # a GIF named .JPG
+                lines.append(f"{image_id} {class_id} 1 {path}")
+        (base / name).write_text(edit("\n".join(lines) + "\n"))
+    return root
+
+
+def test_sop_replica_is_read_and_counts_are_enforced(tmp_path, capsys):
+    make_sop(tmp_path)
+    with pytest.raises(data.UserError, match="train split has 9 images of 3 classes, expected 59551 .*allow-partial"):
+        data.load("sop", tmp_path)
+    for root in (tmp_path, tmp_path / "Stanford_Online_Products"):
+        splits = data.load("sop", root, allow_partial=True)
+        assert splits.train.labels.tolist() == [1] * 3 + [2] * 4 + [3] * 2 and splits.gallery is None
+        assert splits.query.labels.tolist() == [4] * 4 + [5] * 3 + [6] and len(splits.query.images) == 8
+        assert all(Path(p).exists() for p in splits.train.images + splits.query.images)
+    assert "warning: sop in" in capsys.readouterr().err
+    images = data.Images(splits.train, data.eval_transform(16, "light"))
+    assert all(x.shape == (3, 16, 16) and x.dtype == torch.uint8 and i == k for k, (x, _, i) in enumerate(images))
+
+
+@pytest.mark.parametrize("edit, message", [
+    (lambda t: t.replace("image_id", "id", 1), "Ebay_train.txt, line 1: expected 'image_id class_id"),
+    (lambda t: t.replace("2 1 1 ", "2 one 1 ", 1), "Ebay_train.txt, line 3: expected four tokens"),
+    (lambda t: t.replace("2 1 1 ", "2 1 ", 1), "Ebay_train.txt, line 3: expected four tokens"),
+    (lambda t: "", "Ebay_train.txt, line 1"),
+    (lambda t: t.splitlines()[0], "train split is empty"),
+    (lambda t: re.sub(r"(?m)^(\d+) \d+ ", r"\1 1 ", t), "class 1 is in the training and in the test list")])
+def test_sop_faults_name_file_and_line(tmp_path, edit, message):
+    make_sop(tmp_path, edit=edit)
+    with pytest.raises(data.UserError, match=message):
+        data.load("sop", tmp_path, allow_partial=True)
+
+
+def test_sop_windows_line_ends_and_blank_lines_are_read(tmp_path):
+    make_sop(tmp_path, edit=lambda t: t.replace("\n", "\r\n") + "\r\n")
+    assert len(data.load("sop", tmp_path, allow_partial=True).query.labels) == 8
+
+
+def test_folder_in_both_layouts(tmp_path):
+    for layout, classes in (("train/", "ab"), ("test/", "cd"), ("", "")):
+        for c in classes:
+            (tmp_path / "split" / layout / c).mkdir(parents=True)
+            (tmp_path / "flat" / c).mkdir(parents=True)
+            for k in range(2):
+                for folder in (tmp_path / "split" / layout / c, tmp_path / "flat" / c):
+                    Image.new("RGB", (8, 8), (k, 0, 0)).save(folder / f"{k}.png")
+    for root in (tmp_path / "split", tmp_path / "flat"):
+        splits = data.load("folder", root)
+        assert [Path(p).parent.name for p in splits.train.images] == list("aabb")
+        assert [Path(p).parent.name for p in splits.query.images] == list("ccdd")
+    for wrong in (tmp_path / "nothing", tmp_path / "flat" / "a"):
+        with pytest.raises(data.UserError, match="expected under --root"):
+            data.load("folder", wrong)
+
+
+def test_synthetic_is_drawn_from_the_seed():
+    a, b, c = (data.synthetic(classes=30, max_images=5, seed=s) for s in (0, 0, 1))
+    assert (a.train.images == b.train.images).all() and not np.array_equal(a.train.images, c.train.images)
+    for split, classes in ((a.train, range(30)), (a.query, range(30, 60))):
+        labels, counts = split.labels.unique(return_counts=True)
+        assert labels.tolist() == list(classes) and counts.min() >= 3 and counts.max() <= 5
+        assert split.images.shape == (len(split.labels), 32, 32, 3) and split.images.dtype == np.uint8
+
+
+def test_images_of_every_kind_are_opened_as_they_look(tmp_path):
+    grey = Image.fromarray(np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8))
+    deep = Image.fromarray((np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8))
+    turned, exif = Image.new("RGB", (8, 4), (255, 0, 0)), Image.Exif()
+    exif[0x0112] = 6                                                        # turn by 90 degrees
+    for name, image, form, more in (("grey.jpg", grey, "JPEG", {}), ("gif.JPG", grey.convert("P"), "GIF", {}),
+                                    ("cmyk.jpg", grey.convert("CMYK"), "JPEG", {}), ("deep.png", deep, "PNG", {}),
+                                    ("palette.png", grey.convert("P"), "PNG", {}),
+                                    ("turned.jpg", turned, "JPEG", {"exif": exif})):
+        image.save(tmp_path / name, format=form, **more)
+        opened = data.open_image(str(tmp_path / name))
+        assert opened.mode == "RGB" and opened.size == ((4, 8) if name == "turned.jpg" else (8, 8))
+        if name != "turned.jpg":
+            assert np.asarray(opened)[-1, -1].min() > 230 and np.asarray(opened)[0, 0].max() < 25, name
+    bad = {"empty.jpg": b"", "text.jpg": b"not an image", "cut.jpg": (tmp_path / "grey.jpg").read_bytes()[:-60]}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    for name in (*bad, "missing.jpg"):
+        with pytest.raises(data.UserError, match=f"{name}: cannot be read as an image"):
+            data.open_image(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("recipe", ["paper", "light", "none"])
+def test_transforms_give_uint8_and_depend_on_the_seed_alone(recipe):
+    splits = data.synthetic(classes=3)
+    images = data.Images(splits.train, data.train_transform(24, recipe))
+    before = torch.get_rng_state()
+    (a, *_), (b, *_), (c, *_) = images[0, 5], images[0, 5], images[0, 6]
+    assert a.shape == (3, 24, 24) and a.dtype == torch.uint8 and torch.equal(a, b)
+    assert torch.equal(a, c) == (recipe == "none") and torch.equal(before, torch.get_rng_state())
+    assert data.eval_transform(24, recipe)(data.open_image(splits.train.images[0])).shape == (3, 24, 24)
+
+
+LABELS = torch.arange(20).repeat_interleave(torch.tensor([1, 2, 3, 4, 5, 6, 7, 8, 9, 10] * 2))
+
+
+def test_sampler_deals_distinct_classes_and_images():
+    sampler, used = data.ClassBalancedSampler(LABELS, 16, 4), collections.Counter()
+    assert len(sampler) == len(LABELS) // 16 and len(list(sampler)) == len(sampler)
+    for epoch in range(30):
+        sampler.set_epoch(epoch)
+        for batch in sampler:
+            y = LABELS[batch].view(4, 4)
+            assert (y == y[:, :1]).all() and len(y[:, 0].unique()) == 4             # 4 classes x 4 images
+            for group in torch.tensor(batch).view(4, 4):
+                n = int((LABELS == LABELS[group[0]]).sum())
+                assert len(group.unique()) == min(n, 4)                             # all of a small class
+            used.update(y[:, 0].tolist())
+    assert max(used.values()) - min(used.values()) <= 30                            # a deck an epoch, dealt evenly
+
+
+def test_sampler_is_seeded_and_shards_in_rank_order():
+    batches = lambda epoch=0, **kw: (s := data.ClassBalancedSampler(LABELS, 16, 4, **kw)).set_epoch(epoch) or list(s)  # noqa
+    assert batches() == batches() != batches(seed=1) and batches() != batches(epoch=1)
+    shards = [batches(rank=r, world=2) for r in range(2)]
+    assert [a + b for a, b in zip(*shards)] == batches()
+    for wrong, message in (((15, 4), "multiple of 4"), ((128, 4), "needs 32 classes, the training split has 20")):
+        with pytest.raises(ValueError, match=message):
+            data.ClassBalancedSampler(LABELS, *wrong)
+    seeds = [s for epoch in range(2) for rank in range(2) for batch in
+             seeded(LABELS, epoch, rank) for _, s in batch]
+    assert len(set(seeds)) == len(seeds)
+
+
+def seeded(labels, epoch, rank):
+    sampler = data.ClassBalancedSampler(labels, 16, 4, rank=rank, world=2)
+    sampler.set_epoch(epoch)
+    return data.Seeded(sampler)
+
+
+def test_loader_gives_the_same_images_whatever_the_number_of_workers():
+    splits = data.synthetic(classes=20, max_images=4)
+    sampler = data.ClassBalancedSampler(splits.train.labels, 16)
+    images = data.Images(splits.train, data.train_transform(32, "light"))
+    none, two = ([x for x, _, _ in data.loader(images, w, batch_sampler=data.Seeded(sampler))] for w in (0, 2))
+    assert len(none) == len(two) > 2 and all(torch.equal(a, b) for a, b in zip(none, two))
+
+
+# ---------------------------------------------------------------- Recall@K and MAP@R
+
+def brute_force(z, y, ks, gallery=None, gallery_y=None):
+    z, itself = np.asarray(z, np.float64), gallery is None
+    gallery, gallery_y = (z, y) if itself else (np.asarray(gallery, np.float64), gallery_y)
+    hits, precision = {k: 0 for k in ks}, 0.0
+    for i, (row, label) in enumerate(zip(z, y)):
+        sims = [(-float(row @ g) / np.linalg.norm(row) / np.linalg.norm(g), bool(l == label))
+                for j, (g, l) in enumerate(zip(gallery, gallery_y)) if not (itself and i == j)]
+        right = [r for _, r in sorted(sims)]                # at equal similarity False, the other class, comes first
+        R = sum(right)
+        for k in ks:
+            hits[k] += any(right[:k])
+        precision += sum(sum(right[:j + 1]) / (j + 1) for j in range(R) if right[j]) / max(R, 1)
+    return {k: v / len(z) for k, v in hits.items()}, precision / len(z)
+
+
+@pytest.mark.parametrize("chunk", [1, 300, 2 ** 26])
+def test_recall_and_map_equal_brute_force(chunk):
+    g = torch.Generator().manual_seed(0)
+    y, gallery_y = torch.randint(12, (50,), generator=g) + 2 ** 40, torch.randint(9, (40,), generator=g) + 2 ** 40
+    z, gallery = rows(12, 6)[y - 2 ** 40] + 0.6 * rows(50, 6, 1), rows(12, 6)[gallery_y - 2 ** 40] + 0.6 * rows(40, 6, 2)
+    for args in ((), (gallery, gallery_y)):
+        ranks = evaluation.positive_ranks(z, y, *args, chunk=chunk)
+        recall, precision = brute_force(z, y, (1, 3, 10), *args)
+        assert evaluation.recall_from_ranks(ranks, (1, 3, 10)) == pytest.approx(recall)
+        assert evaluation.map_from_ranks(ranks) == pytest.approx(precision)
+        assert evaluation.recall_at_k(z, y, (1, 3, 10), *args) == pytest.approx(recall)
+        assert evaluation.map_at_r(z, y, *args) == pytest.approx(precision)
+
+
+def test_recall_excludes_self_by_index_and_finds_duplicates():
+    z = rows(4, 8)
+    assert evaluation.recall_at_k(torch.cat([z, z]), torch.arange(4).repeat(2), (1,)) == {1: 1.0}
+    assert evaluation.recall_at_k(z, torch.arange(4), (1, 3)) == {1: 0.0, 3: 0.0}        # only itself is right
+
+
+@pytest.mark.parametrize("n, d", [(8, 4), (301, 7), (1000, 128)])
+def test_recall_of_collapsed_embeddings_is_not_perfect(n, d):
+    z, y = torch.ones(n, d), torch.arange(n) // 2
+    assert evaluation.recall_at_k(z, y, (1, n - 3, n - 1)) == {1: 0.0, n - 3: 0.0, n - 1: n // 2 * 2 / n}
+    assert evaluation.map_at_r(z, y) == 0.0
+
+
+def test_recall_counts_queries_without_match_as_misses_and_labels_beyond_float32():
+    z, gallery = torch.eye(4), torch.eye(4)[:3]
+    y = torch.tensor([2 ** 24, 2 ** 24 + 1, 2 ** 30, 7])
+    assert evaluation.recall_at_k(z, y, (1,), gallery, y[:3]) == {1: 0.75}
+    assert evaluation.recall_at_k(z, y, (1,), gallery, y[:3] + 1)[1] == 0.0
+    with pytest.raises(ValueError, match="NaN"):
+        evaluation.recall_at_k(z * math.nan, y)
+
+
+# ---------------------------------------------------------------- the scripts
+
+TINY = ("--classes 24 --max-images 4 --image-size 16 --batch-size 16 --epochs 2 --warmup-steps 3 --dim 16 "
+        "--device cpu --workers 0").split()
+
+
+def tiny(out, *more):
+    return train.main([*TINY, "--out", str(out), *more])
+
+
+def strip(records):
+    return [{k: v for k, v in r.items() if k not in ("images_per_second", "eval_seconds")} for r in records]
+
+
+def test_train_writes_log_settings_and_checkpoints(tmp_path, capsys):
+    records = tiny(tmp_path, "--head-epochs", "1")
+    assert records == [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in records] == [0, 1, 2]
+    for key in ("loss", "lr", "gain", "positives_mined", "negatives_mined", "images_per_second", "drift_mean",
+                "drift_max", "staleness_stored", "staleness_adapted", "recall@1", "recall@10", "map@r"):
+        assert math.isfinite(records[2][key]), key
+    assert records[2]["drift_max"] >= records[2]["drift_mean"] > 0 and "recall@100" not in records[2]
+    assert json.loads((tmp_path / "settings.json").read_text())["method"] == "axbn"
+    best = max(r["recall@1"] for r in records)
+    assert re.search(rf"Recall@1: last {100 * records[2]['recall@1']:.2f} \(epoch 2\), best {100 * best:.2f} ",
+                     capsys.readouterr().out.splitlines()[-1])
+    for name in ("checkpoint.pt", "best.pt"):
+        state = torch.load(tmp_path / name, weights_only=True)
+        evaluation.main([str(tmp_path / name)])
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert result["recall@1"] == pytest.approx(records[state["epoch"]]["recall@1"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_resumes_exactly(tmp_path, method, capsys):
+    whole = tiny(tmp_path / "whole", "--method", method, "--fill-memory")
+    tiny(tmp_path / "parts", "--method", method, "--fill-memory", "--epochs", "1")
+    parts = tiny(tmp_path / "parts", "--method", method, "--fill-memory")
+    assert strip(whole) == strip(parts) and "after epoch 1" in capsys.readouterr().out
+    a, b = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in ("whole", "parts"))
+    assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+
+
+def test_train_refuses_to_resume_with_other_settings(tmp_path):
+    tiny(tmp_path, "--epochs", "0")
+    with pytest.raises(SystemExit, match="was made with --lr 0.001, now it is 0.01"):
+        tiny(tmp_path, "--lr", "0.01")
+    (tmp_path / "checkpoint.pt").write_bytes(b"torn")
+    with pytest.raises(SystemExit, match="cannot be read as a checkpoint"):
+        tiny(tmp_path)
+
+
+def test_train_diagnostics_leave_no_trace(tmp_path):
+    weights = []
+    for every in (1, 10 ** 9):
+        run = train.build(train.parse_args([*TINY, "--loss", "supcon"]))
+        run["probe"].every = every
+        record = train.train_epoch(run, 1)
+        weights.append(run["model"].state_dict())
+        assert ("drift_mean" in record) == (every == 1)
+    assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
+
+
+def test_train_fills_the_memory_and_leaves_the_network_alone():
+    run = train.build(train.parse_args(TINY))
+    model, criterion = run["model"].train(), run["criterion"]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    train.fill_memory(model, criterion, run["splits"].train, run["args"])
+    assert len(criterion.memory) == criterion.memory.size // 16 * 16 and model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    labels = run["splits"].train.labels[criterion.memory.ids]
+    assert torch.equal(labels, criterion.memory.labels) and len(criterion.memory.ids.unique()) == len(criterion.memory)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "swin_t", "efficientnet_b0"])
+def test_train_takes_any_torchvision_backbone(backbone):
+    run = train.build(train.parse_args([*TINY, "--backbone", backbone, *"--classes 9 --image-size 32 --batch-size 8".split()]))
+    before = run["model"].head.weight.clone()
+    run["batches"] = list(run["batches"])[:1]
+    assert math.isfinite(train.train_epoch(run, 1)["loss"]) and not torch.equal(before, run["model"].head.weight)
+
+
+def test_train_schedule_and_losses(tmp_path):
+    records = tiny(tmp_path, "--epochs", "3", "--lr-drops", "1", "2", "--lr-decay", "0.5", "--loss", "contrastive")
+    assert [r["lr"] for r in records[1:]] == [0.001, 0.0005, 0.00025]
+
+
+def test_train_weights_from_a_file_or_a_clear_sentence(tmp_path, monkeypatch):
+    import torchvision
+    from urllib.error import URLError
+    source = torchvision.models.resnet18(num_classes=7)
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    encoder = evaluation.Encoder("resnet18", 8)
+    evaluation.load_weights(encoder, "resnet18", str(tmp_path / "weights.pt"))
+    assert torch.equal(encoder.backbone.conv1.weight, source.conv1.weight)
+    with pytest.raises(data.UserError, match="not a state_dict of resnet34"):
+        evaluation.load_weights(evaluation.Encoder("resnet34", 8), "resnet34", str(tmp_path / "weights.pt"))
+    with pytest.raises(data.UserError, match="nothing.pt: cannot be read .*no such file"):
+        evaluation.load_weights(encoder, "resnet18", str(tmp_path / "nothing.pt"))
+
+    def offline(*args, **kwargs):
+        raise URLError("no network")
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights.DEFAULT.__class__, "get_state_dict", offline)
+    with pytest.raises(data.UserError, match="ImageNet weights of resnet18 cannot be had .*--weights FILE"):
+        evaluation.load_weights(encoder, "resnet18", "imagenet")
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--batch-size 18", "not a multiple of --images-per-class 4"),
+    ("--batch-size 128", "needs 32 classes, the training split has 24"),
+    ("--memory-ratio 0.01", "makes a memory of 0 rows"),
+    ("--lr -1", "must be above 0"), ("--epochs -1", "must be at least 0"), ("--dim 0", "must be at least 1"),
+    ("--momentum 1", r"\[0, 1\)"), ("--process-noise 0 --measurement-noise 0", "cannot both be 0"),
+    ("--amp fp16", "needs a GPU"), ("--backbone resnet19", "resnet19"), ("--method moco", "invalid choice"),
+    ("--meth axbn", "unrecognized"), ("--epochs two", "invalid int")])
+def test_train_refuses_wrong_flags_before_any_work(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as error:
+        tiny(tmp_path / "run", *flags.split())
+    assert error.value.code == 2 and re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def script(*command, cwd=HERE):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "2"})
+
+
+def test_scripts_run_on_an_sop_replica(tmp_path):
+    make_sop(tmp_path, train=(4, 4, 5, 3), test=(3, 4, 2))
+    sop = ["--dataset", "sop", "--root", tmp_path]
+    listed = script("data.py", *sop, "--allow-partial", "--check")
+    assert listed.returncode == 0 and "train         16 images      4 classes, 3 to 5 images each" in listed.stdout
+    trained = script("train.py", *sop, "--allow-partial", *"--backbone conv4 --weights none --image-size 32 --dim 8 "
+                     "--batch-size 8 --epochs 1 --head-epochs 1 --device cpu --out".split(), tmp_path / "run")
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.splitlines()[-1].startswith("Recall@1: last ")
+    evaluated = script("eval.py", tmp_path / "run" / "best.pt", "--device", "cpu")
+    assert evaluated.returncode == 0 and json.loads(evaluated.stdout.splitlines()[-1])["dataset"] == "sop"
+
+
+def test_scripts_fail_with_one_sentence_and_without_a_traceback(tmp_path):
+    make_sop(tmp_path, train=(4, 4, 4, 4), test=(4, 4))
+    victim = sorted((tmp_path / "Stanford_Online_Products" / "bicycle_final").iterdir())[1]
+    victim.write_bytes(b"broken")
+    sop = ["--dataset", "sop", "--root", tmp_path, "--allow-partial"]
+    conv4 = "--backbone conv4 --weights none --head-epochs 0 --batch-size 8 --device cpu --workers 2 --out".split()
+    for command, message in ((["data.py", *sop, "--check"], f"{victim}: cannot be read as an image"),
+                             (["data.py", "--dataset", "sop", "--root", tmp_path / "no"], "expected under --root"),
+                             (["train.py", *sop, *conv4, tmp_path / "run"], f"train.py: {victim}: cannot be read"),
+                             (["eval.py", tmp_path / "none.pt"], "none.pt: cannot be read as a checkpoint")):
+        result = script(*command)
+        assert result.returncode == 1 and message in result.stdout + result.stderr, result.stderr
+        assert "Traceback" not in result.stderr
+
+
+# ---------------------------------------------------------------- the README
+
+def readme_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+
+
+def test_readme_commands_are_accepted_by_the_scripts():
+    parsers = {"train.py": train.parse_args, "eval.py": evaluation.parse_args, "data.py": data.parse_args}
+    lines = "\n".join(readme_blocks("bash")).replace("\\\n", " ").splitlines()
+    seen = set()
+    for command in (part.strip() for line in lines for part in re.split("&&", line)):
+        words = shlex.split(command, comments=True)
+        if words[:1] == ["python"] and words[1] in parsers:
+            parsers[words[1]](words[2:])
+            seen.add(words[1])
+        elif words:
+            assert words[0] in ("git", "cd", "pip", "python", "pytest", "tar"), command
+    assert seen == set(parsers)
+
+
+def test_readme_snippets_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = readme_blocks("python")
+    assert blocks
+    for block in blocks:
+        exec(block, {})
