@@ -2,10 +2,10 @@
 """Adaptive Cross Batch Normalization: a cross-batch memory that keeps up with the network, in one file.
 
 Methods: XBN and AXBN, Ajanthan, Ma, van den Hengel, Gould, "Adaptive Cross Batch Normalization for Metric
-Learning", arXiv 2303.17127 ("the paper": sections, equations and algorithm lines below are its own), on top of
-XBM, Wang et al., "Cross-Batch Memory for Embedding Learning", arXiv 1912.06798. The paper abbreviates its method
-AXBN; ACBN, this file's name, is the same thing. Checked by test_acbn.py against float64 loops in numpy, a deque,
-closed forms and, for the losses, pytorch-metric-learning. Needs torch and nothing else: copy it.
+Learning", arXiv 2303.17127 ("the paper": sections, equations and algorithm lines below are its own), on top
+of XBM, Wang et al., "Cross-Batch Memory for Embedding Learning", arXiv 1912.06798. The paper abbreviates
+its method AXBN; ACBN, this file's name, is the same thing. Checked by test_acbn.py against float64 loops in
+numpy, a deque, closed forms and, for the losses, pytorch-metric-learning. Needs only torch: copy it.
 
     >>> criterion = CrossBatchLoss(dim=16, size=256, method="axbn")     # 256 embeddings are remembered
     >>> encoder = torch.nn.Linear(8, 16)
@@ -28,14 +28,14 @@ Where the paper is silent, this file reads it so:
     1. The deviation is the unbiased one (torch's default). A batch of one row has none: it adapts nothing.
        A dimension that is constant in the memory cannot be scaled, so it is only shifted.
     2. The first estimates of the filter are the first batch's moments.
-    3. Adapted rows leave the unit sphere. They are stored as they are and normalised where they are compared.
+    3. Adapted rows leave the unit sphere. They are stored as they are and normalised where compared.
     4. The margins of the paper's miner are Euclidean distances, as in the library its authors used.
     5. Algorithm 1's lines 1-3 run every gain_interval iterations, lines 4-5 at every one.
     6. With the published q = 1, r = 0.01 the gain is above 0.999 for 16 images or more: AXBN is then XBN to
        three digits. The arithmetic is kept; q and r are arguments.
     7. The memory's own moments are those before the oldest rows leave.
-    8. An anchor is never compared with its own copy of this iteration. Older copies of the same image, which
-       exist when the memory outlasts the image's return, count as positives like any other image of the class.
+    8. An anchor is never compared with its own copy of this iteration. Older copies of its image, which
+       exist when the memory outlasts the image's return, are positives like any other image of the class.
 """
 import torch
 import torch.nn.functional as F
@@ -61,8 +61,8 @@ def moments(z):
 def match_moments(memory, mean, std, memory_mean=None, memory_std=None, out=None):
     """Shift and scale the rows of `memory` so that their moments become `mean` and `std` (Eqs. 6 and 23).
 
-    memory (M, D), M >= 2; mean, std (D,): the batch's (XBN) or the filter's (AXBN); memory_mean, memory_std (D,):
-    the memory's own, where they are known already. Returns (M, D); `out=memory` works in place.
+    memory (M, D), M >= 2; mean, std (D,): the batch's (XBN) or the filter's (AXBN); memory_mean, memory_std
+    (D,): the memory's own, where they are known already. Returns (M, D); `out=memory` works in place.
     """
     memory = at_least_float32(memory)
     if memory_mean is None:
@@ -88,9 +88,9 @@ def kalman_update(mean, std, p, K, batch_mean, batch_std, batch_size, step=0,
                   process_noise=1.0, measurement_noise=0.01, gain_interval=100):
     """One iteration of the filter, Eqs. 18-22 in the form of Algorithm 1, lines 1-5.
 
-    mean, std (D,): the estimates; p, K: their variance and the last gain, plain floats, so that no step waits for
-    a GPU; batch_mean, batch_std (D,): the batch's moments, the measurement; step: counts the calls from 0, the
-    gain is renewed where gain_interval divides it. Returns the new mean, std, p, K.
+    mean, std (D,): the estimates; p, K: their variance and the last gain, plain floats, so that no step
+    waits for a GPU; batch_mean, batch_std (D,): the batch's moments, the measurement; step: counts the
+    calls from 0, the gain is renewed where gain_interval divides it. Returns the new mean, std, p, K.
     """
     if step % gain_interval == 0:
         p, K = kalman_gain(p, batch_size, process_noise, measurement_noise)     # Alg. 1, lines 1-3
@@ -100,20 +100,20 @@ def kalman_update(mean, std, p, K, batch_mean, batch_std, batch_size, step=0,
 
 
 # ---------------------------------------------------------------- similarities, pairs and losses
-# A loss takes sim (B, N), cosine similarities of B anchors to N references, and two boolean masks (B, N) of the
-# pairs that count as positive and as negative. It returns a scalar that keeps the graph even without any pair.
+# A loss takes sim (B, N), cosine similarities of B anchors to N references, and two boolean masks (B, N) of
+# the positive and of the negative pairs. It returns a scalar that keeps the graph even without any pair.
 
 def normalize(z):
     """Rows (N, D) scaled to unit length, at any scale; a zero row stays zero."""
     z = at_least_float32(z)
-    scale = z.detach().abs().amax(1, keepdim=True)              # (N, 1) keeps the squares from over- and underflow
+    scale = z.detach().abs().amax(1, keepdim=True)        # (N, 1) keeps the squares from over- and underflow
     return F.normalize(z / scale.masked_fill(scale == 0, 1.0), dim=1)
 
 
 def pair_masks(y, reference_y, own=None):
     """Positive and negative pairs of labels y (B,) against reference_y (N,): two boolean masks (B, N).
 
-    own: columns of the references that are the last len(own) anchors themselves; those pairs are in neither mask.
+    own: columns of the references that are the last len(own) anchors themselves; their pairs are in no mask.
     """
     positive = y[:, None] == reference_y[None]                  # (B, N) True: same class
     negative = ~positive                                        # (B, N) True: other class
@@ -123,26 +123,27 @@ def pair_masks(y, reference_y, own=None):
 
 
 def log1p_sum_exp(x):
-    """log(1 + sum of exp(x)) of each row, (B, N) -> (B,). An entry of -inf is left out; no row gives NaN."""
+    """log(1 + sum of exp(x)) of each row, (B, N) -> (B,). Entries -inf are left out; no row gives NaN."""
     top = x.detach().amax(1).clamp_min(0)                       # (B,)
     return top + torch.log1p((x - top[:, None]).exp().sum(1) + torch.expm1(-top))
 
 
 def multi_similarity_pairs(sim, positive, negative, margin=0.1):
-    """MS mining: negatives with sim + margin > the anchor's least positive, positives with sim - margin < its
-    greatest negative. An anchor without positives or without negatives keeps no pair. Two masks (B, N), thinned."""
+    """MS mining: negatives with sim + margin > the anchor's least positive, positives with sim - margin <
+    its greatest negative. An anchor without positives or without negatives keeps no pair. Returns the two
+    masks (B, N), thinned.
+    """
     least_positive = sim.masked_fill(~positive, torch.inf).amin(1, keepdim=True)        # (B, 1)
     greatest_negative = sim.masked_fill(~negative, -torch.inf).amax(1, keepdim=True)    # (B, 1)
     return positive & (sim - margin < greatest_negative), negative & (sim + margin > least_positive)
 
 
 def multi_similarity_loss(sim, positive, negative, alpha=2.0, beta=50.0, base=0.5, margin=0.1):
-    """Multi-similarity loss of the mined pairs (Wang et al., CVPR 2019); mean over all B anchors, 0 for one
-    without pairs."""
+    """Multi-similarity loss (Wang et al., CVPR 2019) of an anchor's mined pairs, 0 if none; mean over B."""
     sim = at_least_float32(sim)
     positive, negative = multi_similarity_pairs(sim.detach(), positive, negative, margin)
-    x_p = (-alpha * (sim - base)).masked_fill(~positive, -torch.inf)                    # (B, N) -inf: left out
-    x_n = (beta * (sim - base)).masked_fill(~negative, -torch.inf)                      # (B, N)
+    x_p = (-alpha * (sim - base)).masked_fill(~positive, -torch.inf)                  # (B, N) -inf: left out
+    x_n = (beta * (sim - base)).masked_fill(~negative, -torch.inf)                    # (B, N)
     return (log1p_sum_exp(x_p) / alpha + log1p_sum_exp(x_n) / beta).mean()
 
 
@@ -159,18 +160,19 @@ def supcon_loss(sim, positive, negative, temperature=0.1):
     """Supervised contrastive loss over the given pairs; mean over the anchors whose loss is above 0.
 
     Anchor i: -1/|P| * sum over P of [l_ip - log sum over P and N of exp(l_ij)], l = sim / temperature.
-    0 if the whole batch has no positive or no negative. The paper's loss is supcon_loss over pair_margin's pairs.
+    0 if the whole batch has no positive or no negative. Over pair_margin's pairs it is the paper's loss.
     """
     l = at_least_float32(sim) / temperature                                     # (B, N)
     # A finite fill instead of -inf: an anchor without any pair keeps a finite gradient.
-    log_sum = l.masked_fill(~(positive | negative), torch.finfo(l.dtype).min).logsumexp(1, keepdim=True)  # (B, 1)
-    per_anchor = (log_sum - l).masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp_min(1)            # (B,)
+    fill = torch.finfo(l.dtype).min
+    log_sum = l.masked_fill(~(positive | negative), fill).logsumexp(1, keepdim=True)                # (B, 1)
+    per_anchor = (log_sum - l).masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp_min(1)      # (B,)
     counted = (per_anchor > 0) & positive.any() & negative.any()                # (B,) True: in the mean
     return per_anchor.masked_fill(~counted, 0).sum() / counted.sum().clamp_min(1)
 
 
 def contrastive_loss(sim, positive, negative, margin=0.5):
-    """XBM's loss: sum of 1 - sim over positives, plus sum of sim over negatives above margin; mean over B."""
+    """XBM's loss: sum of 1 - sim over positives plus sum of sim over negatives above margin; mean over B."""
     sim = at_least_float32(sim)
     pull = (1 - sim).masked_fill(~positive, 0)                  # (B, N)
     push = sim.masked_fill(~(negative & (sim > margin)), 0)     # (B, N)
@@ -182,16 +184,16 @@ def contrastive_loss(sim, positive, negative, margin=0.5):
 class CrossBatchMemory(torch.nn.Module):
     """A first-in-first-out queue of the last `size` embeddings with their labels and image ids.
 
-    `embeddings` (n, dim), `labels` (n,) and `ids` (n,) are views of the n = len(memory) rows in slot order: writing
-    to them writes to the memory. `pointer` is the next slot to be written, so that rolling by -pointer gives the
-    rows from the oldest to the newest. Labels and ids are any int64; ids that were not given are -1.
+    `embeddings` (n, dim), `labels` (n,) and `ids` (n,) are views of the n = len(memory) rows in slot order:
+    writing to them writes to the memory. `pointer` is the next slot to be written, so rolling by -pointer
+    gives the rows from the oldest to the newest. Labels and ids are any int64; ids not given are -1.
     """
 
     def __init__(self, size, dim):
         super().__init__()
         if size < 1 or dim < 1:
             raise ValueError(f"size and dim of the memory must be at least 1, got size={size}, dim={dim}")
-        self.size, self.pointer, self.count = size, 0, 0        # host integers: reading them never waits for a GPU
+        self.size, self.pointer, self.count = size, 0, 0  # host integers: reading them never waits for a GPU
         self.register_buffer("stored_embeddings", torch.zeros(size, dim))
         self.register_buffer("stored_labels", torch.zeros(size, dtype=torch.int64))
         self.register_buffer("stored_ids", torch.full((size,), -1))
@@ -205,11 +207,11 @@ class CrossBatchMemory(torch.nn.Module):
 
     @torch.no_grad()
     def enqueue(self, z, y, ids=None):
-        """Add z (B, dim), y (B,), ids (B,); drop the oldest rows. Returns the slots of the newest min(B, size)."""
+        """Add z (B, dim), y (B,), ids (B,); drop the oldest. Returns the slots of the last min(B, size)."""
         if z.ndim != 2 or z.shape[1] != self.stored_embeddings.shape[1] or y.shape != z.shape[:1]:
-            raise ValueError(f"the memory takes embeddings (B, {self.stored_embeddings.shape[1]}) and labels (B,), "
-                             f"got {tuple(z.shape)} and {tuple(y.shape)}")
-        n = min(len(z), self.size)                              # of a larger batch only the last rows survive
+            raise ValueError(f"the memory takes embeddings (B, {self.stored_embeddings.shape[1]}) and "
+                             f"labels (B,), got {tuple(z.shape)} and {tuple(y.shape)}")
+        n = min(len(z), self.size)                             # of a larger batch only the last rows survive
         ids = torch.full_like(y, -1) if ids is None else ids
         slots = (self.pointer + torch.arange(n, device=z.device)) % self.size               # (n,)
         for stored, new in ((self.stored_embeddings, z), (self.stored_labels, y), (self.stored_ids, ids)):
@@ -231,10 +233,10 @@ class CrossBatchMemory(torch.nn.Module):
 class CrossBatchLoss(torch.nn.Module):
     """A metric-learning loss of a batch against a cross-batch memory.
 
-    method: "none" no memory, the batch against itself; "xbm" the memory as stored; "xbm+batch" (the paper's XBM*)
-        the loss against the memory plus the loss within the batch; "xbn" the memory adapted to the batch's moments
-        (Eq. 6); "ema" to a running average that keeps the share `momentum` of the old estimate (App. C);
-        "axbn" to the Kalman estimates (Eq. 23, Algorithm 1).
+    method: "none" no memory, the batch against itself; "xbm" the memory as stored; "xbm+batch" (the paper's
+        XBM*) the loss against the memory plus the loss within the batch; "xbn" the memory adapted to the
+        batch's moments (Eq. 6); "ema" to a running average that keeps the share `momentum` of the old
+        estimate (App. C); "axbn" to the Kalman estimates (Eq. 23, Algorithm 1).
     loss: any function of sim (B, N) and two boolean masks (B, N).
     process_noise, measurement_noise, gain_interval: q, r and how often the gain is renewed; "axbn" only.
     warmup_steps: so many first calls act like "none" and leave the memory alone.
@@ -268,7 +270,8 @@ class CrossBatchLoss(torch.nn.Module):
     def forward(self, z, y, ids=None):
         """Embeddings z (B, D), raw or normalised, labels y (B,), image ids (B,) or None -> scalar loss."""
         if z.ndim != 2 or y.shape != z.shape[:1]:
-            raise ValueError(f"expected embeddings (B, D) and labels (B,), got {tuple(z.shape)} and {tuple(y.shape)}")
+            raise ValueError("expected embeddings (B, D) and labels (B,), "
+                             f"got {tuple(z.shape)} and {tuple(y.shape)}")
         with torch.autocast(z.device.type, enabled=False):      # 16-bit similarities change the pair weights
             z = normalize(z).to(self.mean.dtype)                # (B, D)
             use_memory = self.method != "none" and self.step >= self.warmup_steps
@@ -284,7 +287,7 @@ class CrossBatchLoss(torch.nn.Module):
 
     @torch.no_grad()
     def adapt(self, z):
-        """Algorithm 1: filter the moments of the batch z (B, D), then match the memory to them, in place."""
+        """Algorithm 1: filter the moments of the batch z (B, D), then match the memory to them in place."""
         if len(z) < 2:
             return
         mean, std = moments(z)                                                  # (D,), (D,) E[B], s[B]
@@ -304,9 +307,9 @@ class CrossBatchLoss(torch.nn.Module):
 
     def loss_against_memory(self, z, y, slots):
         """Anchors z (B, D) against all rows of the memory; gradient flows through the anchors only."""
-        rows = self.memory.embeddings                                           # (n, D)
-        norm = rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)         # (n,) adapted rows are not unit
-        sim = z @ rows.T / norm                                                 # (B, n)
+        rows = self.memory.embeddings                                        # (n, D)
+        norm = rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)      # (n,) adapted rows are not unit
+        sim = z @ rows.T / norm                                              # (B, n)
         return self.loss(sim, *pair_masks(y, self.memory.labels, slots))
 
     def loss_within_batch(self, z, y):
@@ -318,4 +321,5 @@ class CrossBatchLoss(torch.nn.Module):
         return {"step": self.step, "filter_step": self.filter_step, "p": self.p, "gain": self.gain}
 
     def set_extra_state(self, state):
-        self.step, self.filter_step, self.p, self.gain = (state[k] for k in ("step", "filter_step", "p", "gain"))
+        self.step, self.filter_step, self.p, self.gain = (
+            state[k] for k in ("step", "filter_step", "p", "gain"))

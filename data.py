@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""What is trained and evaluated on: the data sets as they come out of their archives, sampler and transforms.
+"""What is trained and evaluated on: the data sets as they come out of their archives, sampler, transforms.
 
     python data.py --dataset sop --root DIR             what the lists say, split by split, in seconds
     python data.py --dataset sop --root DIR --check     opens every image and lists the bad ones
 
-A data set is one function that returns splits and one row in DATASETS. Images are files, or rows of a uint8 array;
-labels are int64. Everything random takes a seed.
+A data set is one function that returns splits and one row in DATASETS. Images are files, or rows of a uint8
+array; labels are int64. Everything random takes a seed.
 """
 import argparse
 import math
@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 
 class UserError(Exception):
-    """A user's mistake, or data that cannot be used; the message is one sentence that names the file or flag."""
+    """A user's mistake, or data that cannot be used; the message, one sentence, names the file or flag."""
 
 
 class Split(NamedTuple):
@@ -44,7 +44,7 @@ def uniform(generator, low, high, *shape):
 
 
 def waves(frequency, phase, x, y):
-    """Two crossing cosines: frequency (n, 2, 2), phase (n, 2), coordinates (n, S, S) or (S, S) -> (n, S, S)."""
+    """Two crossing cosines: frequency (n, 2, 2), phase (n, 2), x and y (n, S, S) or (S, S) -> (n, S, S)."""
     fx, fy, phase = frequency[:, :, :1, None], frequency[:, :, 1:, None], phase[:, :, None, None]
     return torch.cos(fx * x.unsqueeze(-3) + fy * y.unsqueeze(-3) + phase).sum(1)
 
@@ -55,10 +55,10 @@ def blend(mask, colours):
 
 
 def draw(shape, wobble, frequency, phase, palette, size, g):
-    """One image a row: the identity is given, the nuisance is drawn from generator g -> (n, size, size, 3) uint8.
+    """One image a row, (n, size, size, 3) uint8: the identity is given, the nuisance drawn from generator g.
 
-    Identity: outline, r(angle) = 1 + sum of shape_k cos(k angle + wobble_k), k = 2..6, both (n, 5); pattern,
-    frequency (n, 2, 2) and phase (n, 2); palette (n, 2, 3).
+    Identity: outline, r(angle) = 1 + sum of shape_k cos(k angle + wobble_k), k = 2..6, both (n, 5);
+    pattern, frequency (n, 2, 2) and phase (n, 2); palette (n, 2, 3).
     """
     n, axis = len(shape), (torch.arange(size) + 0.5) / size * 2 - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")                                    # (S, S) in -1..1
@@ -77,7 +77,7 @@ def draw(shape, wobble, frequency, phase, palette, size, g):
     image = torch.lerp(blend((stripes * 2 + 0.5).clamp(0, 1), colours), product, inside[:, None])
     # Occlusion: a disc of one colour. Light: a cast, a brightness, a gradient, and noise.
     centre, reach = uniform(g, -1, 1, n, 2, 1, 1), uniform(g, 0, 0.3, n, 1, 1)
-    disc = torch.hypot(x - centre[:, 0], y - centre[:, 1]) < reach                      # (n, S, S) True: hidden
+    disc = torch.hypot(x - centre[:, 0], y - centre[:, 1]) < reach                   # (n, S, S) True: hidden
     image = torch.where(disc[:, None], torch.rand(n, 3, 1, 1, generator=g), image)
     slope = uniform(g, -0.25, 0.25, n, 2, 1, 1)
     light = uniform(g, 0.9, 1.1, n, 3, 1, 1) * uniform(g, 0.75, 1.15, n, 1, 1, 1)
@@ -87,7 +87,7 @@ def draw(shape, wobble, frequency, phase, palette, size, g):
 
 
 def synthetic(root=None, classes=1000, max_images=8, image_size=32, seed=0):
-    """`classes` drawn products to train on and as many others to test on, 3 to max_images images of each."""
+    """`classes` drawn products to train on and as many others to test on, of each 3 to max_images images."""
     g = torch.Generator().manual_seed(seed)
     C = 2 * classes
     bound = torch.tensor([0.22, 0.2, 0.16, 0.13, 0.1])
@@ -209,11 +209,12 @@ def load(name, root="data", allow_partial=False, **options):
 def load_for(settings, allow_partial):
     """The splits that a run's settings name."""
     names = ("classes", "max_images", "image_size") if settings["dataset"] == "synthetic" else ()
-    return load(settings["dataset"], settings["root"], allow_partial, **{name: settings[name] for name in names})
+    options = {name: settings[name] for name in names}
+    return load(settings["dataset"], settings["root"], allow_partial, **options)
 
 
 def sentence(error):
-    """The message of a UserError, also of one that a loader's worker process has wrapped in its traceback."""
+    """The message of a UserError, also of one that a loader's worker has wrapped in its traceback."""
     return str(error).split("UserError: ")[-1].strip()
 
 
@@ -226,7 +227,7 @@ def open_image(item):
     try:
         with Image.open(item) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16") or image.mode == "I":          # convert() would clip 16 bits to 8
+            if image.mode.startswith("I;16") or image.mode == "I":        # convert() would clip 16 bits to 8
                 return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -235,7 +236,7 @@ def open_image(item):
 
 
 def eval_transform(size, recipe):
-    """PIL image -> (3, size, size) uint8: the centre crop of a resize to 256/224 of it, or a plain resize."""
+    """PIL image -> (3, size, size) uint8: centre crop of a resize to 256/224 of it, or a plain resize."""
     if recipe == "paper":
         return v2.Compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size), v2.PILToTensor()])
     return v2.Compose([v2.Resize((size, size)), v2.PILToTensor()])
@@ -244,8 +245,8 @@ def eval_transform(size, recipe):
 def train_transform(size, recipe):
     """PIL image -> (3, size, size) uint8. recipe: "paper", "light" (small drawn images) or "none".
 
-    "paper" is timm's rand-m9-mstd0.5 as near as torchvision comes: each of two operations with probability 0.5,
-    at 9/10 of its range (bin 27 of 31), but without noise on the magnitude; erased areas get ImageNet's mean.
+    "paper" is timm's rand-m9-mstd0.5 as near as torchvision comes: each of two operations with probability
+    0.5, at 9/10 of its range (bin 27 of 31), its magnitude without noise; erased areas get ImageNet's mean.
     """
     if recipe == "none":
         return eval_transform(size, recipe)
@@ -260,8 +261,8 @@ def train_transform(size, recipe):
 class Images(torch.utils.data.Dataset):
     """(image (3, S, S) uint8, label, id) of each image of a split; the id is its index.
 
-    An index may come with a seed, (index, seed): the augmentation is then drawn from that seed alone, so that it
-    depends neither on the worker that happens to draw it nor on what was drawn before.
+    An index may come with a seed, (index, seed): the augmentation is then drawn from that seed alone, so
+    that it depends neither on the worker that happens to draw it nor on what was drawn before.
     """
 
     def __init__(self, split, transform):
@@ -284,19 +285,21 @@ class Images(torch.utils.data.Dataset):
 class ClassBalancedSampler(torch.utils.data.Sampler):
     """Batches of batch_size / m distinct classes, m images each, N // batch_size batches an epoch.
 
-    Classes come from a shuffled deck that is dealt out before it is shuffled again. Of a class with n >= m images
-    m different ones are drawn; of a smaller one all n, then m - n of them again. Over `world` processes each rank
-    gets its consecutive share of every batch. Same seed and epoch, same batches; call set_epoch before each epoch.
+    Classes come from a shuffled deck that is dealt out before it is shuffled again. Of a class with n >= m
+    images m different ones are drawn; of a smaller one all n, then m - n of them again. Over `world`
+    processes each rank gets its consecutive share of every batch. Same seed and epoch, same batches; call
+    set_epoch before each epoch.
     """
 
     def __init__(self, labels, batch_size, images_per_class=4, seed=0, rank=0, world=1):
         classes, counts = labels.unique(return_counts=True)
         if batch_size % images_per_class or batch_size % world:
-            raise ValueError(f"batch size {batch_size} must be a multiple of {images_per_class} images per class "
-                             f"and of {world} processes")
+            raise ValueError(f"batch size {batch_size} must be a multiple of {images_per_class} images per "
+                             f"class and of {world} processes")
         if batch_size // images_per_class > len(classes):
-            raise ValueError(f"batch size {batch_size} with {images_per_class} images per class needs "
-                             f"{batch_size // images_per_class} classes, the training split has {len(classes)}")
+            raise ValueError(
+                f"batch size {batch_size} with {images_per_class} images per class needs "
+                f"{batch_size // images_per_class} classes, the training split has {len(classes)}")
         self.by_class = labels.argsort(stable=True).split(counts.tolist())      # one (n,) of indices a class
         self.batch_size, self.m, self.seed, self.epoch = batch_size, images_per_class, seed, 0
         self.length, self.share = len(labels) // batch_size, slice(rank * batch_size // world,
@@ -312,7 +315,7 @@ class ClassBalancedSampler(torch.utils.data.Sampler):
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         P, deck = self.batch_size // self.m, []
         for _ in range(self.length):
-            if len(deck) < P:       # classes still in the old deck go to the end of the new one: no class twice
+            if len(deck) < P:    # classes still in the old deck go to the end of the new one: no class twice
                 fresh = torch.randperm(len(self.by_class), generator=g).tolist()
                 deck += [c for c in fresh if c not in deck] + [c for c in fresh if c in deck]
             chosen, deck = deck[:P], deck[P:]
@@ -328,7 +331,7 @@ class ClassBalancedSampler(torch.utils.data.Sampler):
 
 
 class Seeded(torch.utils.data.Sampler):
-    """The batches of a ClassBalancedSampler as (index, seed) pairs for Images; every pair of a run is different."""
+    """A ClassBalancedSampler's batches as (index, seed) pairs for Images; no pair comes twice in a run."""
 
     def __init__(self, sampler):
         self.sampler = sampler
@@ -365,8 +368,10 @@ def check(split):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="What a data set's lists say.", allow_abbrev=False)
     parser.add_argument("--dataset", choices=DATASETS, default="synthetic")
-    parser.add_argument("--root", default="data", help="the folder that holds the unpacked archive (default data)")
-    parser.add_argument("--allow-partial", action="store_true", help="other than official counts are a warning")
+    parser.add_argument("--root", default="data",
+                        help="the folder that holds the unpacked archive (default data)")
+    parser.add_argument("--allow-partial", action="store_true",
+                        help="other than official counts are a warning")
     parser.add_argument("--check", action="store_true", help="open every image and list the bad ones")
     return parser.parse_args(argv)
 

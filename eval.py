@@ -3,8 +3,8 @@
 
     python eval.py runs/synthetic-axbn-ms-b64-s0/checkpoint.pt      rebuilds the model from that file alone
 
-recall_at_k and map_at_r are exact and work in chunks. A query is excluded from its own search by its index, never by
-its similarity; a tie with another class counts against the query; a query without any match is a miss.
+recall_at_k and map_at_r are exact and work in chunks. A query is excluded from its own search by its index,
+never by its similarity; a tie with another class counts against it; one without any match is a miss.
 """
 import argparse
 import json
@@ -25,20 +25,20 @@ import data
 
 @torch.no_grad()
 def positive_ranks(z, y, gallery_z=None, gallery_y=None, chunk=2 ** 26):
-    """Rank, from 1, of every positive of every query in its search: (Q, R_max) int64, ascending, padded with 0.
+    """Rank, from 1, of every query's every positive in its search: (Q, R_max) int64, ascending, 0-padded.
 
-    z (Q, D) and y (Q,): embeddings, compared by cosine, and labels of the queries; gallery_z (G, D), gallery_y (G,):
-    what is searched, None: the queries themselves, each without itself. chunk: similarities held at a time.
+    z (Q, D), y (Q,): embeddings, compared by cosine, and labels of the queries; gallery_z (G, D), gallery_y
+    (G,): what is searched, None: the queries, each without itself; chunk: similarities held at a time.
     """
     if not (torch.isfinite(z).all() and (gallery_z is None or torch.isfinite(gallery_z).all())):
         raise ValueError("embeddings hold NaN or infinity: no neighbour is nearest")
     itself = gallery_z is None
     z = F.normalize(z.float(), dim=1)                                           # (Q, D)
     gallery_z, gallery_y = (z, y) if itself else (F.normalize(gallery_z.float(), dim=1), gallery_y)
-    G, order = len(gallery_y), gallery_y.argsort(stable=True)                   # (G,) gallery rows, class by class
-    start = torch.searchsorted(gallery_y[order], y)                             # (Q,) where a query's class begins
-    count = torch.searchsorted(gallery_y[order], y, right=True) - start         # (Q,) its size
-    slot = torch.arange(max(int(count.max()), 1), device=z.device)              # (R_max,)
+    G, order = len(gallery_y), gallery_y.argsort(stable=True)             # (G,) gallery rows, class by class
+    start = torch.searchsorted(gallery_y[order], y)                       # (Q,) where a query's class begins
+    count = torch.searchsorted(gallery_y[order], y, right=True) - start   # (Q,) its size
+    slot = torch.arange(max(int(count.max()), 1), device=z.device)        # (R_max,)
     ranks = torch.zeros(len(z), len(slot), dtype=torch.int64, device=z.device)
     for rows in torch.arange(len(z), device=z.device).split(max(1, chunk // G)):                # (b,)
         # The last column stands for "no such image": whatever is left out of a search points there.
@@ -48,10 +48,10 @@ def positive_ranks(z, y, gallery_z=None, gallery_y=None, chunk=2 ** 26):
         column = column.masked_fill(slot >= count[rows, None], G)
         if itself:
             sim.scatter_(1, rows[:, None], -torch.inf)
-        positive = sim.gather(1, column).sort(1, descending=True).values        # (b, R_max) -inf: no such image
-        sim.scatter_(1, column, -torch.inf)                                     # only negatives are left
+        positive = sim.gather(1, column).sort(1, descending=True).values     # (b, R_max) -inf: no such image
+        sim.scatter_(1, column, -torch.inf)                                  # only negatives are left
         for i in slot.tolist():
-            ahead = (sim >= positive[:, i:i + 1]).sum(1)                        # (b,) a tie counts against the query
+            ahead = (sim >= positive[:, i:i + 1]).sum(1)                # (b,) a tie counts against the query
             ranks[rows, i] = (ahead + i + 1).masked_fill(positive[:, i] == -torch.inf, 0)
     return ranks
 
@@ -71,12 +71,12 @@ def map_from_ranks(ranks):
 
 
 def recall_at_k(z, y, ks=(1, 10, 100, 1000), gallery_z=None, gallery_y=None):
-    """Recall@K of embeddings z (Q, D) with labels y (Q,); see positive_ranks. Returns {K: share in 0..1}."""
+    """Recall@K of embeddings z (Q, D) with labels y (Q,), {K: share in 0..1}; see positive_ranks."""
     return recall_from_ranks(positive_ranks(z, y, gallery_z, gallery_y), ks)
 
 
 def map_at_r(z, y, gallery_z=None, gallery_y=None):
-    """Mean average precision at R, R being the number of a query's positives (Musgrave et al., ECCV 2020)."""
+    """Mean average precision at R, the number of a query's positives (Musgrave et al., ECCV 2020)."""
     return map_from_ranks(positive_ranks(z, y, gallery_z, gallery_y))
 
 
@@ -86,14 +86,15 @@ def conv4(widths=(48, 96, 192, 256)):
     """Four convolutions with batch norm, for small images on a CPU: (B, 3, S, S) -> (B, 256)."""
     layers, c = [], 3
     for i, w in enumerate(widths):
-        layers += [nn.Conv2d(c, w, 3, stride=1 if i else 2, padding=1, bias=False), nn.BatchNorm2d(w), nn.ReLU()]
+        layers += [nn.Conv2d(c, w, 3, stride=1 if i else 2, padding=1, bias=False),
+                   nn.BatchNorm2d(w), nn.ReLU()]
         layers += [nn.MaxPool2d(2)] if i in (1, 2) else []
         c = w
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, S, S) uint8 -> embeddings (B, D), not normalised: backbone, then one linear layer, `head`."""
+    """Images (B, 3, S, S) uint8 -> embeddings (B, D), not normalised: backbone, then one linear `head`."""
 
     def __init__(self, backbone, dim):
         super().__init__()
@@ -108,8 +109,9 @@ class Encoder(nn.Module):
             width = self.backbone.get_submodule(linear[-1]).in_features
             setattr(self.backbone.get_submodule(parent), child, nn.Identity())
         self.head = nn.Linear(width, dim)
-        self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
-        self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        self.register_buffer("mean", 255 * mean[:, None, None], persistent=False)
+        self.register_buffer("std", 255 * std[:, None, None], persistent=False)
 
     def features(self, x):
         return self.backbone((x - self.mean) / self.std)
@@ -119,22 +121,23 @@ class Encoder(nn.Module):
 
 
 def load_weights(encoder, backbone, weights):
-    """Fill the encoder's backbone: weights is "none", "imagenet" (torchvision's best) or a state_dict's file."""
+    """Fill the encoder's backbone; weights: "none", "imagenet" (torchvision's best) or a state_dict file."""
     if weights == "none":
         return
     if weights == "imagenet":
         try:
             state = torchvision.models.get_model_weights(backbone).DEFAULT.get_state_dict(progress=False)
         except (URLError, OSError, ValueError) as error:
-            raise data.UserError(f"ImageNet weights of {backbone} cannot be had ({error}); use --weights FILE, a "
-                                 "state_dict saved elsewhere, or --weights none") from None
+            raise data.UserError(f"ImageNet weights of {backbone} cannot be had ({error}); use "
+                                 "--weights FILE, a state_dict saved elsewhere, or --weights none") from None
     else:
         state = load_file(weights)
         state = {k.removeprefix("backbone."): v for k, v in state.get("model", state).items()}
     own = encoder.backbone.state_dict()
     missing = [k for k in own if k not in state or state[k].shape != own[k].shape]
     if missing:
-        raise data.UserError(f"{weights}: not a state_dict of {backbone}: {missing[0]} is missing or has another shape")
+        raise data.UserError(f"{weights}: not a state_dict of {backbone}: "
+                             f"{missing[0]} is missing or has another shape")
     encoder.backbone.load_state_dict({k: state[k] for k in own})
 
 
@@ -143,7 +146,8 @@ def load_file(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # torn bytes make the unpickler raise anything
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
+        reason = ("no such file" if isinstance(error, FileNotFoundError)
+                  else f"{type(error).__name__}: {error}")
         raise data.UserError(f"{path}: cannot be read as a checkpoint ({reason.splitlines()[0]})") from None
 
 
@@ -161,8 +165,9 @@ def embed(model, split, settings, device="cpu", workers=0):
     was_training = model.training
     model.eval()
     images = data.Images(split, data.eval_transform(settings["image_size"], settings["augment"]))
+    batches = data.loader(images, workers, batch_size=256)
     with autocast(device, settings["amp"]):
-        z = torch.cat([model(x.to(device)).float() for x, _, _ in data.loader(images, workers, batch_size=256)])
+        z = torch.cat([model(x.to(device)).float() for x, _, _ in batches])
     model.train(was_training)
     return z, split.labels.to(device)
 
@@ -172,7 +177,8 @@ def evaluate(model, splits, ks, settings, device="cpu", workers=0):
     query = embed(model, splits.query, settings, device, workers)
     gallery = embed(model, splits.gallery, settings, device, workers) if splits.gallery else (None, None)
     ranks = positive_ranks(*query, *gallery)
-    return {**{f"recall@{k}": v for k, v in recall_from_ranks(ranks, ks).items()}, "map@r": map_from_ranks(ranks)}
+    recall = {f"recall@{k}": v for k, v in recall_from_ranks(ranks, ks).items()}
+    return {**recall, "map@r": map_from_ranks(ranks)}
 
 
 def usable_ks(ks, splits):
@@ -196,7 +202,8 @@ def parse_args(argv=None):
     parser.add_argument("checkpoint", type=Path, help="checkpoint.pt or best.pt of a run")
     parser.add_argument("--dataset", choices=data.DATASETS, help="default: the one it was trained on")
     parser.add_argument("--root", help="default: where it was in training")
-    parser.add_argument("--allow-partial", action="store_true", help="other than official counts are a warning")
+    parser.add_argument("--allow-partial", action="store_true",
+                        help="other than official counts are a warning")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)

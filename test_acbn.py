@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Tests: pytest -q test_acbn.py. Twins are float64 loops in numpy, a deque, brute force; scripts run as scripts.
+"""Tests: pytest -q test_acbn.py. Twins: float64 loops in numpy, a deque, brute force. Scripts run as such.
 
-Tests named test_memory_... and test_losses_... after the faults they guard against follow the order in which such
-faults are usually met in public code.
+Tests named test_memory_... and test_losses_... after the faults they guard against follow the order in
+which such faults are usually met in public code.
 """
 import collections
 import doctest
@@ -44,7 +44,8 @@ def case(B=12, N=40, classes=5, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
     centre = torch.randn(classes, 6, generator=g, dtype=dtype)
     y, ref_y = (torch.randint(classes, (n,), generator=g) for n in (B, N))
-    z, ref = (acbn.normalize(centre[t] + torch.randn(len(t), 6, generator=g, dtype=dtype)) for t in (y, ref_y))
+    z, ref = (acbn.normalize(centre[t] + torch.randn(len(t), 6, generator=g, dtype=dtype))
+              for t in (y, ref_y))
     return (z @ ref.T, *acbn.pair_masks(y, ref_y))
 
 
@@ -91,7 +92,8 @@ def test_eq6_constant_dimension_is_only_shifted(constant):
     memory = rows(300, 4, dtype=torch.float32)
     memory[:, 2] = constant
     out = acbn.match_moments(memory, torch.full((4,), 0.25), torch.ones(4))
-    torch.testing.assert_close(out[:, 2], torch.full((300,), 0.25), rtol=0, atol=1e-6 * max(1, abs(constant)))
+    torch.testing.assert_close(out[:, 2], torch.full((300,), 0.25), rtol=0,
+                               atol=1e-6 * max(1, abs(constant)))
 
 
 def test_eq6_one_row_has_no_deviation():
@@ -112,7 +114,8 @@ def test_alg1_lines_1_to_3_equal_a_float_loop_and_reach_the_fixed_point():
             assert p == pytest.approx(twin, rel=1e-12) and K == pytest.approx(gain, rel=1e-12)
         if q:
             fixed = (math.sqrt(q * q + 4 * q * r / B) - q) / 2      # the root of p = (p + q) r / (p + q + r)
-            assert p == pytest.approx(fixed, rel=1e-9) and K == pytest.approx((p + q) / (p + q + r / B), rel=1e-9)
+            assert p == pytest.approx(fixed, rel=1e-9)
+            assert K == pytest.approx((p + q) / (p + q + r / B), rel=1e-9)
 
 
 def test_alg1_published_values_give_a_gain_above_0_999():
@@ -178,7 +181,8 @@ def axbn_twin(batches, M, q, r, interval):
 def test_alg1_fifty_steps_equal_a_row_by_row_twin(dtype, tolerance):
     rng = np.random.default_rng(0)
     batches = [rng.normal(size=(16, 6)) + 0.02 * k for k in range(50)]
-    criterion = CrossBatchLoss(6, 100, "axbn", process_noise=1e-3, measurement_noise=0.5, gain_interval=3).to(dtype)
+    criterion = CrossBatchLoss(6, 100, "axbn", process_noise=1e-3, measurement_noise=0.5, gain_interval=3)
+    criterion.to(dtype)
     for batch in batches:
         criterion(torch.tensor(batch, dtype=dtype), torch.arange(16) // 4)
     memory = criterion.memory
@@ -199,7 +203,8 @@ def run(criterion, steps=12, B=8, dim=5, seed=0, dtype=torch.float32):
     return out
 
 
-@pytest.mark.parametrize("other", [dict(method="axbn", measurement_noise=0.0), dict(method="ema", momentum=0.0)])
+@pytest.mark.parametrize("other", [dict(method="axbn", measurement_noise=0.0),
+                                   dict(method="ema", momentum=0.0)])
 def test_eq23_without_measurement_noise_or_momentum_is_xbn_to_the_last_bit(other):
     xbn, same = CrossBatchLoss(5, 30, "xbn"), CrossBatchLoss(5, 30, gain_interval=1, **other)
     for (a, grad_a), (b, grad_b) in zip(run(xbn), run(same)):
@@ -243,9 +248,11 @@ def test_memory_is_a_fifo_equal_to_a_deque_under_random_batches():
         for B in rng.integers(1, 2 * size + 3, 60).tolist() + [1, size, size + 1]:
             new = range(n, n + B)
             n += B
-            slots = memory.enqueue(torch.tensor(new).float()[:, None], torch.tensor(new), torch.tensor(new) + 5)
+            slots = memory.enqueue(torch.tensor(new).float()[:, None], torch.tensor(new),
+                                   torch.tensor(new) + 5)
             twin.extend(new)
-            order = [t.roll(-memory.pointer, 0) for t in (memory.embeddings[:, 0], memory.labels, memory.ids - 5)]
+            order = [t.roll(-memory.pointer, 0)
+                     for t in (memory.embeddings[:, 0], memory.labels, memory.ids - 5)]
             assert all(t.tolist() == list(twin) for t in order) and len(memory) == len(twin)
             assert memory.stored_labels[slots].tolist() == list(new)[-min(B, size):]
     memory.reset()
@@ -254,8 +261,8 @@ def test_memory_is_a_fifo_equal_to_a_deque_under_random_batches():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_memory_state_dict_holds_all_that_the_next_step_depends_on(method, tmp_path):
-    make = lambda: CrossBatchLoss(5, 20, method, process_noise=0.01, measurement_noise=1.0, gain_interval=3,  # noqa
-                                  warmup_steps=2)
+    make = lambda: CrossBatchLoss(5, 20, method, process_noise=0.01, measurement_noise=1.0,  # noqa
+                                  gain_interval=3, warmup_steps=2)
     whole, first, second = make(), make(), make()
     expected = run(whole, 7) + run(whole, 9, B=3, seed=1)
     run(first, 7)
@@ -286,7 +293,7 @@ class Recorder:
 def test_memory_excludes_the_anchors_own_slot_and_no_copy(B, dtype):
     seen, M = Recorder(), 7
     criterion = CrossBatchLoss(4, M, "xbm", seen)
-    z, y = torch.ones(B, 4, dtype=dtype), torch.zeros(B, dtype=torch.int64)     # every row is every other's copy
+    z, y = torch.ones(B, 4, dtype=dtype), torch.zeros(B, dtype=torch.int64)     # all rows are copies
     for k in range(5):
         criterion(z, y)
         n, kept = len(criterion.memory), min(B, M)
@@ -343,7 +350,7 @@ def test_memory_of_float64_and_many_adaptations_stay_accurate():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_memory_is_the_same_on_all_ranks_and_the_gradient_is_not_off_by_the_world_size(method):
-    """Each rank's own slice is live in the batch gathered in rank order; ranks are played one after the other."""
+    """Each rank's own slice is live in the batch gathered in rank order; ranks are played one by one."""
     one, ranks, W = CrossBatchLoss(5, 30, method), [CrossBatchLoss(5, 30, method) for _ in range(2)], 2
     for k in range(5):
         z, y = rows(8, 5, seed=k, dtype=torch.float32).requires_grad_(), torch.arange(8) // 2
@@ -442,7 +449,7 @@ def test_losses_of_two_points_have_closed_forms():
     assert acbn.supcon_loss(sim, own, ~own).item() == pytest.approx(math.log(1 + math.exp(-0.5)))
     expected = math.log(1 + math.exp(-0.4)) / 2 + math.log(1 + math.exp(7.5)) / 50
     assert acbn.multi_similarity_loss(sim, own, ~own).item() == pytest.approx(expected)
-    assert acbn.multi_similarity_loss(sim - torch.tensor([0, 0.3]), own, ~own).item() == 0      # nothing is hard
+    assert acbn.multi_similarity_loss(sim - torch.tensor([0, 0.3]), own, ~own).item() == 0  # nothing is hard
 
 
 def test_losses_pair_margin_is_a_euclidean_distance():
@@ -495,7 +502,7 @@ def test_losses_are_computed_in_float32_under_autocast(loss):
     expected = CrossBatchLoss(8, 16, "none", loss)(z, y)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(CrossBatchLoss(8, 16, "none", loss)(z, y), expected)
-    for dtype in (torch.float16, torch.bfloat16):       # as a pure function: exp(50 (1 - 0.5)) is inf in float16
+    for dtype in (torch.float16, torch.bfloat16):   # as a pure function: exp(50 (1 - 0.5)) is inf in float16
         sim, positive, negative = case(dtype=torch.float32)
         sim[positive] = 1.0
         value = loss(sim.to(dtype), positive, negative)
@@ -508,8 +515,10 @@ class NoHostSync(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket._qualified_op_name
-        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"), name
-        assert not (name == "aten::index" and any(i is not None and i.dtype == torch.bool for i in args[1])), name
+        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select",
+                            "aten::equal"), name
+        assert not (name == "aten::index"
+                    and any(i is not None and i.dtype == torch.bool for i in args[1])), name
         return func(*args, **(kwargs or {}))
 
 
@@ -525,7 +534,8 @@ def test_losses_and_memory_never_synchronise_with_the_host(method, loss):
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_and_memory_never_synchronise_with_a_gpu(method):
     criterion = CrossBatchLoss(5, 20, method).cuda()
-    batches = [(rows(8, 5, k, torch.float32).cuda().requires_grad_(), (torch.arange(8) // 2).cuda()) for k in range(6)]
+    batches = [(rows(8, 5, k, torch.float32).cuda().requires_grad_(), (torch.arange(8) // 2).cuda())
+               for k in range(6)]
     criterion(*batches[0]).backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -537,8 +547,8 @@ def test_losses_and_memory_never_synchronise_with_a_gpu(method):
 
 def test_losses_and_updaters_cite_the_equation_where_it_is_computed():
     source = (HERE / "acbn.py").read_text()
-    for place in ("Eq. 6", "Eqs. 6 and 23", "Eq. 12", "Eq. 20", "Eqs. 18-22", "Alg. 1, line 1", "Alg. 1, line 2",
-                  "Alg. 1, line 3", "line 4", "line 5", "lines 6-9"):
+    for place in ("Eq. 6", "Eqs. 6 and 23", "Eq. 12", "Eq. 20", "Eqs. 18-22", "Alg. 1, line 1",
+                  "Alg. 1, line 2", "Alg. 1, line 3", "line 4", "line 5", "lines 6-9"):
         assert place in source, place
     assert "Eq. 5" in (HERE / "train.py").read_text()
 
@@ -557,7 +567,8 @@ def test_losses_equal_pytorch_metric_learning():
     pytest.importorskip("pytorch_metric_learning")
     from pytorch_metric_learning import distances, losses, miners, reducers
     mined_supcon = train.LOSSES["supcon"][0]
-    pairs = [(acbn.multi_similarity_loss, losses.MultiSimilarityLoss(2, 50, 0.5), miners.MultiSimilarityMiner(0.1)),
+    pairs = [(acbn.multi_similarity_loss, losses.MultiSimilarityLoss(2, 50, 0.5),
+              miners.MultiSimilarityMiner(0.1)),
              (acbn.supcon_loss, losses.SupConLoss(0.1), None),
              (mined_supcon, losses.SupConLoss(0.1), miners.PairMarginMiner(0.2, 0.8))]
     y = torch.arange(24) // 4
@@ -566,14 +577,17 @@ def test_losses_equal_pytorch_metric_learning():
         value = CrossBatchLoss(8, 1, "none", ours).double()(z, y)
         expected = theirs(z, y, miner(z, y) if miner else None)
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(*(torch.autograd.grad(v, z)[0] for v in (value, expected)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(*(torch.autograd.grad(v, z)[0] for v in (value, expected)),
+                                   rtol=1e-5, atol=1e-6)
     # Its contrastive loss of a negative is sim - 0.5, XBM's is sim: another value with the same gradient.
-    theirs = losses.ContrastiveLoss(1, 0.5, distance=distances.CosineSimilarity(), reducer=reducers.SumReducer())
+    theirs = losses.ContrastiveLoss(1, 0.5, distance=distances.CosineSimilarity(),
+                                    reducer=reducers.SumReducer())
     sim, negative = acbn.normalize(z) @ acbn.normalize(z).T, acbn.pair_masks(y, y)[1]
     value = CrossBatchLoss(8, 1, "none", acbn.contrastive_loss).double()(z, y)
     expected = (theirs(z, y) + 0.5 * (negative & (sim > 0.5)).sum()) / 24
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(*(torch.autograd.grad(v, z)[0] for v in (value, expected)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(v, z)[0] for v in (value, expected)),
+                               rtol=1e-5, atol=1e-6)
 
 
 def test_docstring_usage_runs():
@@ -582,7 +596,8 @@ def test_docstring_usage_runs():
 
 def test_acbn_imports_torch_alone():
     imports = re.findall(r"^\s*(?:import|from) (\w+)", (HERE / "acbn.py").read_text(), re.M)
-    assert set(imports) == {"torch"} and (HERE / "acbn.py").read_text().startswith("# SPDX-License-Identifier: MIT\n")
+    assert set(imports) == {"torch"}
+    assert (HERE / "acbn.py").read_text().startswith("# SPDX-License-Identifier: MIT\n")
 
 
 # ---------------------------------------------------------------- data sets
@@ -598,8 +613,8 @@ def make_sop(root, train=(3, 4, 2), test=(4, 3, 1), edit=lambda text: text):
             for k in range(n):
                 image_id += 1
                 path = f"bicycle_final/{110000000000 + class_id}_{k}.JPG"
-                pixels = np.random.default_rng(class_id * 100 + k).integers(0, 60, (40, 50, 3)) + 30 * (class_id % 6)
-                image = Image.fromarray(pixels.astype(np.uint8))
+                pixels = np.random.default_rng(class_id * 100 + k).integers(0, 60, (40, 50, 3))
+                image = Image.fromarray((pixels + 30 * (class_id % 6)).astype(np.uint8))
                 image = image.convert("L") if k == 2 else image
                 image.save(base / path, format="GIF" if k == 1 else "JPEG")         # a GIF named .JPG
                 lines.append(f"{image_id} {class_id} 1 {path}")
@@ -609,7 +624,8 @@ def make_sop(root, train=(3, 4, 2), test=(4, 3, 1), edit=lambda text: text):
 
 def test_sop_replica_is_read_and_counts_are_enforced(tmp_path, capsys):
     make_sop(tmp_path)
-    with pytest.raises(data.UserError, match="train split has 9 images of 3 classes, expected 59551 .*allow-partial"):
+    with pytest.raises(data.UserError,
+                       match="train split has 9 images of 3 classes, expected 59551 .*allow-partial"):
         data.load("sop", tmp_path)
     for root in (tmp_path, tmp_path / "Stanford_Online_Products"):
         splits = data.load("sop", root, allow_partial=True)
@@ -618,7 +634,8 @@ def test_sop_replica_is_read_and_counts_are_enforced(tmp_path, capsys):
         assert all(Path(p).exists() for p in splits.train.images + splits.query.images)
     assert "warning: sop in" in capsys.readouterr().err
     images = data.Images(splits.train, data.eval_transform(16, "light"))
-    assert all(x.shape == (3, 16, 16) and x.dtype == torch.uint8 and i == k for k, (x, _, i) in enumerate(images))
+    assert all(x.shape == (3, 16, 16) and x.dtype == torch.uint8 and i == k
+               for k, (x, _, i) in enumerate(images))
 
 
 @pytest.mark.parametrize("edit, message", [
@@ -670,8 +687,10 @@ def test_images_of_every_kind_are_opened_as_they_look(tmp_path):
     deep = Image.fromarray((np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8))
     turned, exif = Image.new("RGB", (8, 4), (255, 0, 0)), Image.Exif()
     exif[0x0112] = 6                                                        # turn by 90 degrees
-    for name, image, form, more in (("grey.jpg", grey, "JPEG", {}), ("gif.JPG", grey.convert("P"), "GIF", {}),
-                                    ("cmyk.jpg", grey.convert("CMYK"), "JPEG", {}), ("deep.png", deep, "PNG", {}),
+    for name, image, form, more in (("grey.jpg", grey, "JPEG", {}),
+                                    ("gif.JPG", grey.convert("P"), "GIF", {}),
+                                    ("cmyk.jpg", grey.convert("CMYK"), "JPEG", {}),
+                                    ("deep.png", deep, "PNG", {}),
                                     ("palette.png", grey.convert("P"), "PNG", {}),
                                     ("turned.jpg", turned, "JPEG", {"exif": exif})):
         image.save(tmp_path / name, format=form, **more)
@@ -679,7 +698,8 @@ def test_images_of_every_kind_are_opened_as_they_look(tmp_path):
         assert opened.mode == "RGB" and opened.size == ((4, 8) if name == "turned.jpg" else (8, 8))
         if name != "turned.jpg":
             assert np.asarray(opened)[-1, -1].min() > 230 and np.asarray(opened)[0, 0].max() < 25, name
-    bad = {"empty.jpg": b"", "text.jpg": b"not an image", "cut.jpg": (tmp_path / "grey.jpg").read_bytes()[:-60]}
+    bad = {"empty.jpg": b"", "text.jpg": b"not an image",
+           "cut.jpg": (tmp_path / "grey.jpg").read_bytes()[:-60]}
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
     for name in (*bad, "missing.jpg"):
@@ -713,15 +733,20 @@ def test_sampler_deals_distinct_classes_and_images():
                 n = int((LABELS == LABELS[group[0]]).sum())
                 assert len(group.unique()) == min(n, 4)                             # all of a small class
             used.update(y[:, 0].tolist())
-    assert max(used.values()) - min(used.values()) <= 30                            # a deck an epoch, dealt evenly
+    assert max(used.values()) - min(used.values()) <= 30                      # a deck an epoch, dealt evenly
 
 
 def test_sampler_is_seeded_and_shards_in_rank_order():
-    batches = lambda epoch=0, **kw: (s := data.ClassBalancedSampler(LABELS, 16, 4, **kw)).set_epoch(epoch) or list(s)  # noqa
+    def batches(epoch=0, **kw):
+        sampler = data.ClassBalancedSampler(LABELS, 16, 4, **kw)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
     assert batches() == batches() != batches(seed=1) and batches() != batches(epoch=1)
     shards = [batches(rank=r, world=2) for r in range(2)]
     assert [a + b for a, b in zip(*shards)] == batches()
-    for wrong, message in (((15, 4), "multiple of 4"), ((128, 4), "needs 32 classes, the training split has 20")):
+    for wrong, message in (((15, 4), "multiple of 4"),
+                           ((128, 4), "needs 32 classes, the training split has 20")):
         with pytest.raises(ValueError, match=message):
             data.ClassBalancedSampler(LABELS, *wrong)
     seeds = [s for epoch in range(2) for rank in range(2) for batch in
@@ -739,7 +764,8 @@ def test_loader_gives_the_same_images_whatever_the_number_of_workers():
     splits = data.synthetic(classes=20, max_images=4)
     sampler = data.ClassBalancedSampler(splits.train.labels, 16)
     images = data.Images(splits.train, data.train_transform(32, "light"))
-    none, two = ([x for x, _, _ in data.loader(images, w, batch_sampler=data.Seeded(sampler))] for w in (0, 2))
+    none, two = ([x for x, _, _ in data.loader(images, w, batch_sampler=data.Seeded(sampler))]
+                 for w in (0, 2))
     assert len(none) == len(two) > 2 and all(torch.equal(a, b) for a, b in zip(none, two))
 
 
@@ -752,7 +778,7 @@ def brute_force(z, y, ks, gallery=None, gallery_y=None):
     for i, (row, label) in enumerate(zip(z, y)):
         sims = [(-float(row @ g) / np.linalg.norm(row) / np.linalg.norm(g), bool(l == label))
                 for j, (g, l) in enumerate(zip(gallery, gallery_y)) if not (itself and i == j)]
-        right = [r for _, r in sorted(sims)]                # at equal similarity False, the other class, comes first
+        right = [r for _, r in sorted(sims)]        # at equal similarity False, the other class, comes first
         R = sum(right)
         for k in ks:
             hits[k] += any(right[:k])
@@ -763,8 +789,10 @@ def brute_force(z, y, ks, gallery=None, gallery_y=None):
 @pytest.mark.parametrize("chunk", [1, 300, 2 ** 26])
 def test_recall_and_map_equal_brute_force(chunk):
     g = torch.Generator().manual_seed(0)
-    y, gallery_y = torch.randint(12, (50,), generator=g) + 2 ** 40, torch.randint(9, (40,), generator=g) + 2 ** 40
-    z, gallery = rows(12, 6)[y - 2 ** 40] + 0.6 * rows(50, 6, 1), rows(12, 6)[gallery_y - 2 ** 40] + 0.6 * rows(40, 6, 2)
+    y = torch.randint(12, (50,), generator=g) + 2 ** 40
+    gallery_y = torch.randint(9, (40,), generator=g) + 2 ** 40
+    z = rows(12, 6)[y - 2 ** 40] + 0.6 * rows(50, 6, 1)
+    gallery = rows(12, 6)[gallery_y - 2 ** 40] + 0.6 * rows(40, 6, 2)
     for args in ((), (gallery, gallery_y)):
         ranks = evaluation.positive_ranks(z, y, *args, chunk=chunk)
         recall, precision = brute_force(z, y, (1, 3, 10), *args)
@@ -777,7 +805,7 @@ def test_recall_and_map_equal_brute_force(chunk):
 def test_recall_excludes_self_by_index_and_finds_duplicates():
     z = rows(4, 8)
     assert evaluation.recall_at_k(torch.cat([z, z]), torch.arange(4).repeat(2), (1,)) == {1: 1.0}
-    assert evaluation.recall_at_k(z, torch.arange(4), (1, 3)) == {1: 0.0, 3: 0.0}        # only itself is right
+    assert evaluation.recall_at_k(z, torch.arange(4), (1, 3)) == {1: 0.0, 3: 0.0}      # only itself is right
 
 
 @pytest.mark.parametrize("n, d", [(8, 4), (301, 7), (1000, 128)])
@@ -814,14 +842,15 @@ def test_train_writes_log_settings_and_checkpoints(tmp_path, capsys):
     records = tiny(tmp_path, "--head-epochs", "1")
     assert records == [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in records] == [0, 1, 2]
-    for key in ("loss", "lr", "gain", "positives_mined", "negatives_mined", "images_per_second", "drift_mean",
-                "drift_max", "staleness_stored", "staleness_adapted", "recall@1", "recall@10", "map@r"):
+    for key in ("loss", "lr", "gain", "positives_mined", "negatives_mined", "images_per_second",
+                "drift_mean", "drift_max", "staleness_stored", "staleness_adapted",
+                "recall@1", "recall@10", "map@r"):
         assert math.isfinite(records[2][key]), key
     assert records[2]["drift_max"] >= records[2]["drift_mean"] > 0 and "recall@100" not in records[2]
     assert json.loads((tmp_path / "settings.json").read_text())["method"] == "axbn"
     best = max(r["recall@1"] for r in records)
-    assert re.search(rf"Recall@1: last {100 * records[2]['recall@1']:.2f} \(epoch 2\), best {100 * best:.2f} ",
-                     capsys.readouterr().out.splitlines()[-1])
+    assert re.search(rf"Recall@1: last {100 * records[2]['recall@1']:.2f} \(epoch 2\), "
+                     rf"best {100 * best:.2f} ", capsys.readouterr().out.splitlines()[-1])
     for name in ("checkpoint.pt", "best.pt"):
         state = torch.load(tmp_path / name, weights_only=True)
         evaluation.main([str(tmp_path / name)])
@@ -867,19 +896,23 @@ def test_train_fills_the_memory_and_leaves_the_network_alone():
     assert len(criterion.memory) == criterion.memory.size // 16 * 16 and model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     labels = run["splits"].train.labels[criterion.memory.ids]
-    assert torch.equal(labels, criterion.memory.labels) and len(criterion.memory.ids.unique()) == len(criterion.memory)
+    assert torch.equal(labels, criterion.memory.labels)
+    assert len(criterion.memory.ids.unique()) == len(criterion.memory)
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "swin_t", "efficientnet_b0"])
 def test_train_takes_any_torchvision_backbone(backbone):
-    run = train.build(train.parse_args([*TINY, "--backbone", backbone, *"--classes 9 --image-size 32 --batch-size 8".split()]))
+    flags = "--classes 9 --image-size 32 --batch-size 8".split()
+    run = train.build(train.parse_args([*TINY, "--backbone", backbone, *flags]))
     before = run["model"].head.weight.clone()
     run["batches"] = list(run["batches"])[:1]
-    assert math.isfinite(train.train_epoch(run, 1)["loss"]) and not torch.equal(before, run["model"].head.weight)
+    assert math.isfinite(train.train_epoch(run, 1)["loss"])
+    assert not torch.equal(before, run["model"].head.weight)
 
 
 def test_train_schedule_and_losses(tmp_path):
-    records = tiny(tmp_path, "--epochs", "3", "--lr-drops", "1", "2", "--lr-decay", "0.5", "--loss", "contrastive")
+    records = tiny(tmp_path, "--epochs", "3", "--lr-drops", "1", "2", "--lr-decay", "0.5",
+                   "--loss", "contrastive")
     assert [r["lr"] for r in records[1:]] == [0.001, 0.0005, 0.00025]
 
 
@@ -919,17 +952,19 @@ def test_train_refuses_wrong_flags_before_any_work(tmp_path, capsys, flags, mess
 
 
 def script(*command, cwd=HERE):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "2"})
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
+                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2"})
 
 
 def test_scripts_run_on_an_sop_replica(tmp_path):
     make_sop(tmp_path, train=(4, 4, 5, 3), test=(3, 4, 2))
     sop = ["--dataset", "sop", "--root", tmp_path]
     listed = script("data.py", *sop, "--allow-partial", "--check")
-    assert listed.returncode == 0 and "train         16 images      4 classes, 3 to 5 images each" in listed.stdout
-    trained = script("train.py", *sop, "--allow-partial", *"--backbone conv4 --weights none --image-size 32 --dim 8 "
-                     "--batch-size 8 --epochs 1 --head-epochs 1 --device cpu --out".split(), tmp_path / "run")
+    assert listed.returncode == 0
+    assert "train         16 images      4 classes, 3 to 5 images each" in listed.stdout
+    flags = ("--backbone conv4 --weights none --image-size 32 --dim 8 --batch-size 8 --epochs 1 "
+             "--head-epochs 1 --device cpu --out").split()
+    trained = script("train.py", *sop, "--allow-partial", *flags, tmp_path / "run")
     assert trained.returncode == 0, trained.stderr
     assert trained.stdout.splitlines()[-1].startswith("Recall@1: last ")
     evaluated = script("eval.py", tmp_path / "run" / "best.pt", "--device", "cpu")
@@ -941,11 +976,13 @@ def test_scripts_fail_with_one_sentence_and_without_a_traceback(tmp_path):
     victim = sorted((tmp_path / "Stanford_Online_Products" / "bicycle_final").iterdir())[1]
     victim.write_bytes(b"broken")
     sop = ["--dataset", "sop", "--root", tmp_path, "--allow-partial"]
-    conv4 = "--backbone conv4 --weights none --head-epochs 0 --batch-size 8 --device cpu --workers 2 --out".split()
-    for command, message in ((["data.py", *sop, "--check"], f"{victim}: cannot be read as an image"),
-                             (["data.py", "--dataset", "sop", "--root", tmp_path / "no"], "expected under --root"),
-                             (["train.py", *sop, *conv4, tmp_path / "run"], f"train.py: {victim}: cannot be read"),
-                             (["eval.py", tmp_path / "none.pt"], "none.pt: cannot be read as a checkpoint")):
+    conv4 = ("--backbone conv4 --weights none --head-epochs 0 --batch-size 8 --device cpu --workers 2 "
+             "--out").split()
+    cases = ((["data.py", *sop, "--check"], f"{victim}: cannot be read as an image"),
+             (["data.py", "--dataset", "sop", "--root", tmp_path / "no"], "expected under --root"),
+             (["train.py", *sop, *conv4, tmp_path / "run"], f"train.py: {victim}: cannot be read"),
+             (["eval.py", tmp_path / "none.pt"], "none.pt: cannot be read as a checkpoint"))
+    for command, message in cases:
         result = script(*command)
         assert result.returncode == 1 and message in result.stdout + result.stderr, result.stderr
         assert "Traceback" not in result.stderr

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Train an embedding with AXBN or one of its baselines.
 
-    python train.py                                     synthetic products, about 2 minutes on two CPU cores
-    python train.py --dataset sop --root DIR            the paper's setting; DIR holds Stanford_Online_Products/
+    python train.py                             synthetic products, about 2 minutes on two CPU cores
+    python train.py --dataset sop --root DIR    the paper's setting; DIR holds Stanford_Online_Products/
 
-Every epoch writes <out>/log.jsonl (one JSON line an epoch), <out>/checkpoint.pt and, when it is the best so far,
-<out>/best.pt. The same command continues where it stopped.
+Every epoch writes <out>/log.jsonl (one JSON line an epoch), <out>/checkpoint.pt and, when it is the best so
+far, <out>/best.pt. The same command continues where it stopped.
 """
 import argparse
 import json
@@ -22,17 +22,19 @@ import torch.nn.functional as F
 
 import acbn
 import data
-from eval import Encoder, autocast, embed, evaluate, load_file, load_weights, positive_ranks, recall_from_ranks
-from eval import usable_ks
+from eval import Encoder, autocast, embed, evaluate, load_file, load_weights, positive_ranks
+from eval import recall_from_ranks, usable_ks
 
 # ---------------------------------------------------------------- settings
 
-PAPER = dict(backbone="resnet50", weights="imagenet", augment="paper", image_size=224, dim=512, batch_size=64,
-             epochs=50, head_epochs=2, lr=1e-4, lr_drops=[15, 30, 45], lr_decay=0.33, weight_decay=0.01,
-             memory_ratio=0.5, warmup_steps=0, gain_interval=100)       # Sec. 5.1
-SMALL = dict(backbone="conv4", weights="none", augment="light", image_size=32, dim=128, batch_size=64,
-             epochs=6, head_epochs=0, lr=1e-3, lr_drops=[4, 5], lr_decay=0.33, weight_decay=0.01,
-             memory_ratio=0.5, warmup_steps=300, gain_interval=100)     # from scratch, hence the warm-up
+PAPER = dict(
+    backbone="resnet50", weights="imagenet", augment="paper", image_size=224, dim=512, batch_size=64,
+    epochs=50, head_epochs=2, lr=1e-4, lr_drops=[15, 30, 45], lr_decay=0.33, weight_decay=0.01,
+    memory_ratio=0.5, warmup_steps=0, gain_interval=100)        # Sec. 5.1
+SMALL = dict(
+    backbone="conv4", weights="none", augment="light", image_size=32, dim=128, batch_size=64,
+    epochs=6, head_epochs=0, lr=1e-3, lr_drops=[4, 5], lr_decay=0.33, weight_decay=0.01,
+    memory_ratio=0.5, warmup_steps=300, gain_interval=100)      # from scratch, hence the warm-up
 PRESETS = {"synthetic": SMALL, "sop": PAPER, "folder": PAPER}
 
 # name: (the loss of the mined pairs, the mining that the log counts)
@@ -56,7 +58,8 @@ def parse_args(argv=None):
     g("--max-images", type=int, default=8, help="synthetic: 3 to this many images a class (8)")
     g("--image-size", type=int, help="pixels a side (preset)")
     g("--augment", choices=("paper", "light", "none"), help="training transform (preset)")
-    g("--workers", type=int, help="processes that read images, results do not depend on it (GPU: one a core, CPU: 0)")
+    g("--workers", type=int,
+      help="processes that read images, results do not depend on it (GPU: one a core, CPU: 0)")
     g = p.add_argument_group("method").add_argument
     g("--method", choices=acbn.METHODS, default="axbn", help="xbm+batch is the paper's XBM* (axbn)")
     g("--loss", choices=LOSSES, default="ms", help="supcon with pair margins is the paper's (ms)")
@@ -77,7 +80,8 @@ def parse_args(argv=None):
     g("--epochs", type=int, help="of len(training images) // batch-size steps (preset)")
     g("--head-epochs", type=int, help="before that, epochs of the last layer alone (preset)")
     g("--lr", type=float, help="of AdamW (preset)")
-    g("--lr-drops", type=int, nargs="*", help="epochs after which the rate is multiplied by --lr-decay (preset)")
+    g("--lr-drops", type=int, nargs="*",
+      help="epochs after which the rate is multiplied by --lr-decay (preset)")
     g("--lr-decay", type=float, help="(preset)")
     g("--weight-decay", type=float, help="of AdamW (preset)")
     g("--amp", choices=("off", "bf16", "fp16"), help="mixed precision (bf16 on a GPU, else off)")
@@ -103,7 +107,8 @@ def parse_args(argv=None):
     if not (args.lr > 0 and args.lr_decay > 0 and args.memory_ratio > 0 and args.max_images >= 3):
         p.error("--lr, --lr-decay and --memory-ratio must be above 0, --max-images at least 3")
     if args.batch_size % args.images_per_class:
-        p.error(f"--batch-size {args.batch_size} is not a multiple of --images-per-class {args.images_per_class}")
+        p.error(f"--batch-size {args.batch_size} is not a multiple of "
+                f"--images-per-class {args.images_per_class}")
     if not 0 <= args.momentum < 1 or args.process_noise + args.measurement_noise == 0:
         p.error("--momentum must be in [0, 1), and --process-noise and --measurement-noise cannot both be 0")
     if args.amp == "fp16" and not on_gpu:
@@ -117,7 +122,7 @@ def parse_args(argv=None):
 
 @contextmanager
 def untouched(model):
-    """No gradients inside, and afterwards the buffers (batch-norm statistics) and random states are as before."""
+    """No gradients inside; afterwards buffers (batch-norm statistics) and random states are as before."""
     saved = [b.clone() for b in model.buffers()]
     with torch.no_grad(), torch.random.fork_rng():
         try:
@@ -128,10 +133,10 @@ def untouched(model):
 
 
 class Probe:
-    """Measures, every `every` steps of an epoch, without a trace in the training: the pairs mined, the drift
-    (Eq. 5, dk = 1) of the batch, and the staleness of one earlier batch's rows in the memory.
+    """Measures, every `every` steps of an epoch, without a trace in the training: the pairs mined, the
+    drift (Eq. 5, dk = 1) of the batch, and the staleness of one earlier batch's rows in the memory.
 
-    Embeddings are compared for the same pixels and in the same mode, so that all that differs is the network.
+    Embeddings are compared for the same pixels and in the same mode, so that only the network differs.
     """
 
     def __init__(self, every, loss, mine):
@@ -150,7 +155,7 @@ class Probe:
             self.sums.setdefault(name, []).append(value)
 
     def measure(self, step, model, criterion, x, z, embed_again):
-        """After step `step` on images x (B, ...), whose embeddings were z (B, D) before the weights moved."""
+        """After step `step` on images x (B, ...), with embeddings z (B, D) before the weights moved."""
         with untouched(model):
             drift = (embed_again(x) - z).norm(dim=1)                        # (B,) Eq. 5
             self.add(drift_mean=drift.mean().item(), drift_max=drift.max().item())
@@ -160,7 +165,7 @@ class Probe:
                 fresh = embed_again(old_x)                                  # (B, D)
                 adapted = acbn.normalize(memory.stored_embeddings[slots])   # (B, D)
                 distance = [(fresh - old).norm(dim=1).mean().item() for old in (stored, adapted)]
-                self.add(staleness=[step - then, *distance])                # age in steps, as stored, as adapted
+                self.add(staleness=[step - then, *distance])            # age in steps, as stored, as adapted
             n = min(len(z), len(memory))
             if n and (self.rows is None or (step + self.every - then + 1) * len(z) > memory.size):
                 slots = (memory.pointer - n + torch.arange(n, device=z.device)) % memory.size       # (n,)
@@ -179,11 +184,11 @@ class Probe:
 # ---------------------------------------------------------------- stages of training
 
 def train_head(model, batches, sampler, args):
-    """The new last layer alone, as the paper does first: plain supervised contrastive loss, SGD, rate 0.001."""
+    """The new last layer alone, as the paper starts: plain supervised contrastive loss, SGD, rate 0.001."""
     criterion = acbn.CrossBatchLoss(args.dim, 1, "none", acbn.supcon_loss)
     criterion.to(args.device)
     optimizer = torch.optim.SGD(model.head.parameters(), lr=0.001)
-    model.eval()                                            # the backbone's batch-norm statistics stay as they are
+    model.eval()                                      # the backbone's batch-norm statistics stay as they are
     for epoch in range(args.head_epochs):
         sampler.set_epoch(epoch - args.head_epochs)         # negative: other batches than those of training
         for x, y, _ in batches:
@@ -246,14 +251,17 @@ def train_epoch(run, epoch):
         if now - shown > 5 or step == steps:
             shown, speed = now, step / (now - start)
             if not math.isfinite(total.item()):
-                raise data.UserError(f"epoch {epoch}, step {step}: the loss is not finite at a learning rate of {rate:g}; "
+                raise data.UserError(f"epoch {epoch}, step {step}: the loss is not finite "
+                                     f"at a learning rate of {rate:g}; "
                                      "try a lower --lr, or --amp bf16 or off in place of fp16")
             left = ((args.epochs - epoch) * steps + steps - step) / speed
             print(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  loss {loss.item():.4f}  "
-                  f"{speed * args.batch_size:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+                  f"{speed * args.batch_size:.0f} images/s  "
+                  f"{left // 60:.0f}:{left % 60:02.0f} left", flush=True)
     gain = criterion.gain if criterion.filter_step else None
     return {"loss": total.item() / steps, "lr": rate, "gain": gain, "memory": len(criterion.memory),
-            "images_per_second": round(steps * args.batch_size / (time.perf_counter() - start), 1), **probe.take()}
+            "images_per_second": round(steps * args.batch_size / (time.perf_counter() - start), 1),
+            **probe.take()}
 
 
 # ---------------------------------------------------------------- checkpoints and the log
@@ -286,7 +294,8 @@ def resume(run, path):
         raise data.UserError(f"{path}: not a checkpoint of this version of train.py; use another --out")
     for name, value in vars(run["args"]).items():
         if name not in MAY_CHANGE and state["settings"].get(name) != value:
-            raise data.UserError(f"{path}: was made with --{name.replace('_', '-')} {state['settings'].get(name)}, "
+            raise data.UserError(f"{path}: was made with --{name.replace('_', '-')} "
+                                 f"{state['settings'].get(name)}, "
                                  f"now it is {value}; use the same, or another --out")
     for name in ("model", "optimizer", "scaler", "criterion"):
         run[name].load_state_dict(state[name])
@@ -303,13 +312,15 @@ def build(args):
     """Everything a run consists of, in one dict."""
     torch.manual_seed(args.seed)
     splits = data.load_for(vars(args), args.allow_partial)
-    sampler = data.ClassBalancedSampler(splits.train.labels, args.batch_size, args.images_per_class, args.seed)
+    sampler = data.ClassBalancedSampler(splits.train.labels, args.batch_size, args.images_per_class,
+                                        args.seed)
     rows = int(args.memory_ratio * len(splits.train.labels))
     if len(sampler) == 0:
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(splits.train.labels)} training images")
+        raise ValueError(f"--batch-size {args.batch_size} is more than "
+                         f"the {len(splits.train.labels)} training images")
     if args.method != "none" and rows < args.batch_size:
-        raise ValueError(f"--memory-ratio {args.memory_ratio:g} makes a memory of {rows} rows, less than --batch-size "
-                         f"{args.batch_size}")
+        raise ValueError(f"--memory-ratio {args.memory_ratio:g} makes a memory of {rows} rows, "
+                         f"less than --batch-size {args.batch_size}")
     images = data.Images(splits.train, data.train_transform(args.image_size, args.augment))
     on_gpu = args.device.startswith("cuda")
     batches = data.loader(images, args.workers, pin_memory=on_gpu, batch_sampler=data.Seeded(sampler))
@@ -318,31 +329,34 @@ def build(args):
     model.to(args.device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format)
     probe = Probe(max(1, min(50, len(sampler) // 6)), *LOSSES[args.loss])
     criterion = acbn.CrossBatchLoss(args.dim, rows if args.method != "none" else 1, args.method, probe,
-                                    args.process_noise, args.measurement_noise, args.gain_interval, args.momentum,
-                                    args.warmup_steps).to(args.device)
+                                    args.process_noise, args.measurement_noise, args.gain_interval,
+                                    args.momentum, args.warmup_steps).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
     return dict(args=args, splits=splits, sampler=sampler, batches=batches, model=model, probe=probe,
-                criterion=criterion, optimizer=optimizer, scaler=torch.amp.GradScaler(enabled=args.amp == "fp16"),
-                records=[], ks=usable_ks(data.DATASETS[args.dataset].ks, splits))
+                criterion=criterion, optimizer=optimizer, scaler=scaler, records=[],
+                ks=usable_ks(data.DATASETS[args.dataset].ks, splits))
 
 
 def raw_pixels(splits, args):
     """Recall@1 of the test images' pixels at 32 x 32, as a floor."""
     settings = dict(image_size=32, augment="none", amp="off")
     z, y = embed(torch.nn.Flatten(), splits.query, settings, workers=args.workers)
-    gallery = embed(torch.nn.Flatten(), splits.gallery, settings, workers=args.workers) if splits.gallery else ()
+    gallery = (embed(torch.nn.Flatten(), splits.gallery, settings, workers=args.workers)
+               if splits.gallery else ())
     return recall_from_ranks(positive_ranks(z - 127.5, y, *gallery), [1])[1]
 
 
 def finish_epoch(run, epoch, record):
-    """Evaluate, log, save. The split the best epoch is chosen on is the one it is reported on: the test split."""
+    """Evaluate, log, save. The best epoch is chosen on the split it is reported on: the test split."""
     start = time.perf_counter()
     args = run["args"]
     result = evaluate(run["model"], run["splits"], run["ks"], vars(args), args.device, args.workers)
     run["records"].append({"epoch": epoch, **record, **result,
                            "eval_seconds": round(time.perf_counter() - start, 1)})
     best = max(run["records"], key=lambda r: r["recall@1"])
-    print(f"epoch {epoch}/{args.epochs}  " + "  ".join(f"{k} {100 * v:.2f}" for k, v in result.items()), flush=True)
+    print(f"epoch {epoch}/{args.epochs}  " + "  ".join(f"{k} {100 * v:.2f}" for k, v in result.items()),
+          flush=True)
     save(run, epoch, is_best=best["epoch"] == epoch)
     return best
 
