@@ -8,6 +8,7 @@ A data set is one function that returns splits and one row in DATASETS. Images a
 array; labels are int64. Everything random takes a seed.
 """
 import argparse
+import json
 import math
 import os
 import sys
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 
 
 class UserError(Exception):
@@ -29,6 +30,7 @@ class UserError(Exception):
 class Split(NamedTuple):
     images: list            # paths, or a uint8 array (N, H, W, 3)
     labels: torch.Tensor    # (N,) int64
+    boxes: torch.Tensor = None      # (N, 4) ground-truth x0, y0, x1, y1 that stand for the images
 
 
 class Splits(NamedTuple):
@@ -102,34 +104,119 @@ def synthetic(root=None, classes=1000, max_images=8, image_size=32, seed=0):
 
 # ---------------------------------------------------------------- data sets on disk
 
-def read_lines(path):
-    """Lines of a list file, without line ends."""
+def split(images, labels, boxes=None):
+    return Split(images, torch.tensor(labels, dtype=torch.int64), boxes)
+
+
+def table(path, header=None, skip=0):
+    """(line number, words) of each row of a list file: two words, or as many as the header, line skip + 1."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+    if header and (len(lines) <= skip or lines[skip].split() != header.split()):
+        raise UserError(f"{path}, line {skip + 1}: expected '{header}', "
+                        f"found '{lines[skip][:80] if len(lines) > skip else ''}'")
+    width, first = (len(header.split()), skip + 1) if header else (2, 0)
+    for number, line in enumerate(lines[first:], first + 1):
+        words = line.split()
+        if words and len(words) != width:
+            raise UserError(f"{path}, line {number}: expected {width} words, found '{line[:80]}'")
+        if words:
+            yield number, words
+
+
+def whole(word, path, line):
+    """A whole number of a list file that fits int64."""
+    if not word.isascii() or not word.removeprefix("-").isdigit() or len(word) > 18:
+        raise UserError(f"{path}, line {line}: expected a whole number, found '{word[:80]}'")
+    return int(word)
 
 
 def sop(root):
     """Stanford Online Products: `image_id class_id super_class_id path` a line; queries are the gallery."""
-    folder = find(root, "sop", "Stanford_Online_Products/Ebay_train.txt", "Ebay_train.txt").parent
-    return Splits(*(sop_list(find(folder, "sop", name)) for name in ("Ebay_train.txt", "Ebay_test.txt")))
+    base, splits = find(root, "sop", "Stanford_Online_Products/Ebay_train.txt", "Ebay_train.txt").parent, []
+    for path in (find(base, "sop", name) for name in ("Ebay_train.txt", "Ebay_test.txt")):
+        rows = list(table(path, "image_id class_id super_class_id path"))
+        splits.append(split([str(base / words[3]) for _, words in rows],
+                            [whole(words[1], path, line) for line, words in rows]))
+    return Splits(*splits)
 
 
-def sop_list(path):
-    lines, header = read_lines(path), "image_id class_id super_class_id path"
-    if not lines or lines[0].split() != header.split():
-        raise UserError(f"{path}, line 1: expected '{header}', found '{lines[0][:80] if lines else ''}'")
-    images, labels = [], []
-    for number, line in enumerate(lines[1:], 2):
-        tokens = line.split()
-        if not tokens:
-            continue
-        if len(tokens) != 4 or not is_id(tokens[1]):
-            raise UserError(f"{path}, line {number}: expected four tokens, '{header}', found '{line[:80]}'")
-        images.append(str(path.parent / tokens[3]))
-        labels.append(int(tokens[1]))
-    return Split(images, torch.tensor(labels, dtype=torch.int64))
+def vehicleid(root, test_list="small"):
+    """PKU VehicleID: `<image> <vehicle>` a line; the small, medium or large test list is its own gallery."""
+    base, splits = find(root, "vehicleid", *("VehicleID_V1.0/" * deep + "train_test_split/train_list.txt"
+                                             for deep in (1, 0))).parent, []
+    size = {"small": 800, "medium": 1600, "large": 2400}[test_list]
+    for path in (find(base, "vehicleid", name) for name in ("train_list.txt", f"test_list_{size}.txt")):
+        rows = list(table(path))
+        splits.append(split([str(base.parent / "image" / f"{words[0]}.jpg") for _, words in rows],
+                            [whole(words[1], path, line) for line, words in rows]))
+    return Splits(*splits)
+
+
+def inshop(root):
+    """In-shop Clothes Retrieval: queries against the gallery alone; a class is a whole item_id."""
+    path = find(root, "inshop", *(deep + place + "list_eval_partition.txt" for place in ("Eval/", "Anno/", "")
+                                  for deep in ("In-shop Clothes Retrieval Benchmark/", "")))
+    top = path.parent.parent if path.parent.name in ("Eval", "Anno") else path.parent
+    folders = [base / name for name in ("img", "img_highres") for base in (top / "Img", top)]
+    images = next((f for f in folders if f.is_dir()), None)
+    if images is None:
+        raise UserError(f"{top}: no folder Img/img, img, Img/img_highres or img_highres; unpack Img/img.zip")
+    rows = {"train": ([], []), "query": ([], []), "gallery": ([], [])}
+    for line, (name, item, status) in table(path, "image_name item_id evaluation_status", skip=1):
+        if status not in rows or not item.startswith("id_") or not name.startswith("img/"):
+            raise UserError(f"{path}, line {line}: expected 'img/<path> id_<number> train, query or gallery', "
+                            f"found '{name[:80]} {item[:20]} {status[:20]}'")
+        rows[status][0].append(str(images / name.removeprefix("img/")))
+        rows[status][1].append(whole(item.removeprefix("id_"), path, line))
+    with path.open(encoding="utf-8") as file:
+        said, found = whole(file.readline().strip(), path, 1), sum(len(labels) for _, labels in rows.values())
+    if said != found:
+        raise UserError(f"{path}, line 1: says {said} images, {found} rows follow")
+    return Splits(*(split(*rows[name]) for name in ("train", "query", "gallery")))
+
+
+def df2(root, df2_labels="paper"):
+    """DeepFashion2, consumer to shop: users' items of validation, cut out by their boxes, search the shops'.
+
+    A class is (pair_id, category_id, style), or officially (pair_id, style). Items of style 0 belong to no
+    pair: they are neither trained on nor searched for, but those of shops are distractors in the gallery.
+    """
+    items = {}
+    for part in ("train", "validation"):
+        annos = find(root, "df2", *(deep + nest + "/annos" for deep in ("", "deepfashion2/")
+                                    for nest in (part, f"{part}/{part}")))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = pool.map(df2_items, sorted(annos.glob("*.json")))
+            items[part] = [item for several in found for item in several]
+    chosen = [[i for i in items["train"] if i[2][2] > 0],
+              [i for i in items["validation"] if i[1] == "user" and i[2][2] > 0],
+              [i for i in items["validation"] if i[1] == "shop"]]
+    ids, splits = {}, []        # pair_id restarts in each part, so the part belongs to the class
+    for part, rows in zip(("train", "validation", "validation"), chosen):
+        keys = [(part, pair, style) if df2_labels == "official" else (part, pair, style, category)
+                for _, _, (pair, category, style), _ in rows]
+        splits.append(split([row[0] for row in rows], [ids.setdefault(key, len(ids)) for key in keys],
+                            torch.tensor([row[3] for row in rows]).reshape(-1, 4)))
+    return Splits(*splits)
+
+
+def df2_items(path):
+    """(image, source, (pair_id, category_id, style), box) of every item of one annotation."""
+    try:
+        anno = json.loads(path.read_text(encoding="utf-8"))
+        image, source = str(path.parent.parent / "image" / f"{path.stem}.jpg"), anno["source"]
+        items = [anno[key] for key in sorted(anno) if key.startswith("item")]
+        out = [(image, source, (int(anno["pair_id"]), int(item["category_id"]), int(item["style"])),
+                [float(v) for v in item["bounding_box"]]) for item in items]
+        if source not in ("user", "shop") or any(len(box) != 4 or not all(map(math.isfinite, box))
+                                                 for *_, box in out):
+            raise ValueError("source is not user or shop, or a box has not four numbers")
+        return out
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path}: not a DeepFashion2 annotation ({type(error).__name__}: {error})") from None
 
 
 def folder(root):
@@ -140,19 +227,14 @@ def folder(root):
         except FileNotFoundError as error:      # no root, no class folder, or one without an image
             raise UserError(f"nothing of 'folder' in {path} ({error}); expected under --root:\n"
                             f"{DATASETS['folder'].tree}") from None
-        return Split([p for p, _ in samples], torch.tensor([c for _, c in samples], dtype=torch.int64))
+        return split([path for path, _ in samples], [label for _, label in samples])
 
     root = Path(root)
     if (root / "train").is_dir() and (root / "test").is_dir():
         return Splits(read(root / "train"), read(root / "test"))
-    images, y = read(root)
+    images, y, _ = read(root)
     n = int((y < (int(y.max()) + 1) // 2).sum())        # classes are sorted, so the first half comes first
     return Splits(Split(images[:n], y[:n]), Split(images[n:], y[n:]))
-
-
-def is_id(token):
-    """Whether a token of a list file is a whole number that fits int64."""
-    return token.isascii() and token.removeprefix("-").isdigit() and len(token) < 19
 
 
 def find(root, name, *candidates):
@@ -164,22 +246,36 @@ def find(root, name, *candidates):
                     f"{DATASETS[name].tree}")
 
 
+# ---------------------------------------------------------------- the table of data sets
+
 class Row(NamedTuple):
-    load: Callable      # (root, ...) -> Splits
-    ks: tuple           # the K of Recall@K
-    counts: dict        # official images and classes of each split; {} where any number goes
-    tree: str           # what lies under --root
+    load: Callable          # (root, **options) -> Splits
+    ks: tuple               # the K of Recall@K
+    counts: dict            # official (images, classes) of each split, None: unknown; {}: any number goes
+    options: tuple = ()     # flags that its function takes
+    tree: str = "    (nothing: drawn from a seed)"      # what lies under --root
 
 
 DATASETS = {
-    "synthetic": Row(synthetic, (1, 10, 100, 1000), {}, "    (nothing: drawn from a seed)"),
-    "sop": Row(sop, (1, 10, 100, 1000), {"train": (59551, 11318), "query": (60502, 11316)},
-               "    Stanford_Online_Products/Ebay_train.txt\n"
-               "    Stanford_Online_Products/Ebay_test.txt\n"
-               "    Stanford_Online_Products/bicycle_final/111085122871_0.JPG ... (12 folders *_final)"),
-    "folder": Row(folder, (1, 2, 4, 8), {},
-                  "    train/<class>/*.jpg and test/<class>/*.jpg\n"
-                  "    or <class>/*.jpg (the first half of the sorted classes trains, the rest tests)"),
+    "synthetic": Row(synthetic, (1, 10, 100, 1000), {}, ("classes", "max_images", "image_size")),
+    "sop": Row(sop, (1, 10, 100, 1000), {"train": (59551, 11318), "query": (60502, 11316)}, (), """\
+    Stanford_Online_Products/Ebay_train.txt and Ebay_test.txt
+    Stanford_Online_Products/bicycle_final/111085122871_0.JPG ... (12 folders *_final)"""),
+    "inshop": Row(inshop, (1, 10, 20, 30, 40, 50),
+                  {"train": (25882, 3997), "query": (14218, 3985), "gallery": (12612, 3985)}, (), """\
+    In-shop Clothes Retrieval Benchmark/Eval/list_eval_partition.txt (or in Anno/, or beside the images)
+    In-shop Clothes Retrieval Benchmark/Img/img/WOMEN/Dresses/id_00000002/02_1_front.jpg ...
+        (or img/ without Img/, or img_highres/ in place of img/)"""),
+    "df2": Row(df2, (1, 5, 10, 15, 20),
+               {"train": (217778, 31517), "query": (12377, 3128), "gallery": (36961, 7059)}, ("df2_labels",), """\
+    train/annos/000001.json, train/image/000001.jpg ... (or nested once more, train/train/...)
+    validation/annos/000001.json, validation/image/000001.jpg ..."""),
+    "vehicleid": Row(vehicleid, (1, 5), {"train": (None, 13164)}, ("test_list",), """\
+    VehicleID_V1.0/train_test_split/train_list.txt, test_list_800.txt, test_list_1600.txt, test_list_2400.txt
+    VehicleID_V1.0/image/0000001.jpg ..."""),
+    "folder": Row(folder, (1, 2, 4, 8), {}, (), """\
+    train/<class>/*.jpg and test/<class>/*.jpg
+    or <class>/*.jpg (the first half of the sorted classes trains, the rest tests)"""),
 }
 
 
@@ -187,18 +283,21 @@ def load(name, root="data", allow_partial=False, **options):
     """The splits of a data set, checked against its official counts. Options go to its function."""
     row = DATASETS[name]
     splits = row.load(root, **options)
-    for split_name, split in zip(splits._fields, splits):
-        if split is None:
+    for part, found in zip(splits._fields, splits):
+        if found is None:
             continue
-        if len(split.labels) == 0:
-            raise UserError(f"{name} in {root}: the {split_name} split is empty")
-        found, expected = (len(split.labels), len(split.labels.unique())), row.counts.get(split_name)
-        if expected and found != expected:
-            text = "{} images of {} classes"
-            text = (f"{name} in {root}: the {split_name} split has {text.format(*found)}, "
-                    f"expected {text.format(*expected)}")
+        images, classes = len(found.labels), len(found.labels.unique())
+        if images == 0:
+            raise UserError(f"{name} in {root}: the {part} split is empty")
+        expected = row.counts.get(part, (None, None))
+        text = (f"{name} in {root}: the {part} split has {images} images of {classes} classes, expected "
+                f"{expected[0] or 'any number'} of {expected[1] or 'any number'}")
+        # DeepFashion2's class counts come from one source that could not be checked; its image counts did.
+        if expected[0] not in (None, images) or expected[1] not in (None, classes) and name != "df2":
             if not allow_partial:
                 raise UserError(text + "; --allow-partial uses it all the same")
+            print(f"warning: {text}", file=sys.stderr)
+        elif expected[1] not in (None, classes):
             print(f"warning: {text}", file=sys.stderr)
     shared = set(splits.train.labels.tolist()) & set(splits.query.labels.tolist())
     if row.counts and shared:
@@ -208,9 +307,41 @@ def load(name, root="data", allow_partial=False, **options):
 
 def load_for(settings, allow_partial):
     """The splits that a run's settings name."""
-    names = ("classes", "max_images", "image_size") if settings["dataset"] == "synthetic" else ()
-    options = {name: settings[name] for name in names}
+    options = {name: settings[name] for name in DATASETS[settings["dataset"]].options}
     return load(settings["dataset"], settings["root"], allow_partial, **options)
+
+
+def describe(splits):
+    """A line a split, and what is peculiar about the search."""
+    for name, part in zip(splits._fields, splits):
+        if part is not None:
+            counts = part.labels.unique(return_counts=True)[1]
+            yield (f"{name:8} {len(part.labels):7} images {len(counts):6} classes, "
+                   f"{int(counts.min())} to {int(counts.max())} images each")
+            empty = 0 if part.boxes is None else int((part.boxes[:, 2:] <= part.boxes[:, :2]).any(1).sum())
+            if empty:
+                yield f"{name:8} {empty:7} boxes without area: the whole image is taken"
+    y, gallery = splits.query.labels, splits.gallery
+    classes, index, counts = y.unique(return_inverse=True, return_counts=True)
+    alone = (counts[index] == 1) if gallery is None else ~torch.isin(y, gallery.labels)
+    yield "gallery  the queries, each without itself" if gallery is None else "gallery  never the queries"
+    if alone.any():
+        yield f"query    {int(alone.sum()):7} without any match in the gallery: they count as misses"
+
+
+def hold_out(splits, fraction, seed=0):
+    """Splits whose training classes give up a share of themselves, (splits, validation split); at least one."""
+    classes = splits.train.labels.unique()
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
+    held = torch.isin(splits.train.labels, classes[order[:max(1, round(fraction * len(classes)))]])
+    return splits._replace(train=take(splits.train, ~held)), take(splits.train, held)
+
+
+def take(part, chosen):
+    """The rows of a split where the mask (N,) is True."""
+    images = part.images
+    images = [images[i] for i in chosen.nonzero()[:, 0].tolist()] if isinstance(images, list) else images[chosen]
+    return Split(images, part.labels[chosen], None if part.boxes is None else part.boxes[chosen])
 
 
 def sentence(error):
@@ -220,63 +351,105 @@ def sentence(error):
 
 # ---------------------------------------------------------------- images and transforms
 
-def open_image(item):
-    """A path or a uint8 array (H, W, 3) -> PIL image in RGB, whatever the file's extension says it is."""
-    if not isinstance(item, (str, os.PathLike)):
-        return Image.fromarray(item)
+def open_image(item, size=None, cut=None, box=None):
+    """A path or a uint8 array (H, W, 3) -> PIL image in RGB, whatever the file's extension says it is.
+
+    size: resize to size x size what `cut` takes of it, (width, height) -> (left, top, right, bottom). box
+    (4,): the ground-truth box that stands for the image; clamped to it, and the whole image where it has no area.
+    JPEGs are decoded at a reduced scale where at least twice the wanted pixels remain.
+    """
     try:
-        with Image.open(item) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16") or image.mode == "I":        # convert() would clip 16 bits to 8
-                return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+        with Image.fromarray(item) if isinstance(item, np.ndarray) else Image.open(item) as image:
+            if image.getexif().get(0x0112, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+            if size is not None:
+                width, height = image.size
+                x0, y0, x1, y1 = clamp(box, width, height)
+                left, top, right, bottom = cut(x1 - x0, y1 - y0)
+                part = (x0 + left, y0 + top, x0 + right, y0 + bottom)       # in the file's pixels
+                least = 2 * size / min(right - left, bottom - top)          # of the file's resolution
+                image.draft(None, (math.ceil(width * least), math.ceil(height * least)))
+            if image.mode == "I" or image.mode.startswith("I;16"):          # convert() clips 16 bits to 8
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            image = image.convert("RGB")
+            if size is None:
+                return image
+            sx, sy = image.width / width, image.height / height             # below 1 after a reduced decoding
+            part = (part[0] * sx, part[1] * sy, min(part[2] * sx, image.width), min(part[3] * sy, image.height))
+            return image.resize((size, size), Image.Resampling.BILINEAR, box=part)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise UserError(f"{item}: cannot be read as an image ({reason})") from None
 
 
-def eval_transform(size, recipe):
-    """PIL image -> (3, size, size) uint8: centre crop of a resize to 256/224 of it, or a plain resize."""
-    if recipe == "paper":
-        return v2.Compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size), v2.PILToTensor()])
-    return v2.Compose([v2.Resize((size, size)), v2.PILToTensor()])
+def clamp(box, width, height):
+    """The part of a box (4,) inside the image; all of the image where nothing is left, or without a box."""
+    if box is not None:
+        x0, y0, x1, y1 = box.tolist()
+        x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+        if x1 - x0 >= 1 and y1 - y0 >= 1:
+            return x0, y0, x1, y1
+    return 0, 0, width, height
 
 
-def train_transform(size, recipe):
-    """PIL image -> (3, size, size) uint8. recipe: "paper", "light" (small drawn images) or "none".
+def everything(width, height):
+    return 0, 0, width, height
+
+
+def centre(width, height):
+    """What a centre crop of 224 pixels takes after a resize of the shorter side to 256."""
+    side = min(width, height) * 224 / 256
+    return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+
+
+def random_part(width, height):
+    """What torchvision's RandomResizedCrop takes at its defaults: 8 to 100 % of the area."""
+    canvas = torch.empty(1, max(1, int(height)), max(1, int(width)), device="meta")
+    top, left, h, w = RandomResizedCrop.get_params(canvas, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+    return left, top, left + w, top + h
+
+
+def augmentation(recipe):
+    """(how a training image is cut, its transform): PIL image -> (3, S, S) uint8.
 
     "paper" is timm's rand-m9-mstd0.5 as near as torchvision comes: each of two operations with probability
-    0.5, at 9/10 of its range (bin 27 of 31), its magnitude without noise; erased areas get ImageNet's mean.
+    0.5, at 9/10 of its range (bin 27 of 31), no noise on the magnitude; erased areas get ImageNet's mean.
+    "light" suits small drawn images; "none" only resizes.
     """
     if recipe == "none":
-        return eval_transform(size, recipe)
+        return everything, v2.PILToTensor()
     if recipe == "light":
-        return v2.Compose([v2.Resize((size, size)), v2.RandomAffine(15, (0.1, 0.1), (0.9, 1.1)),
-                           v2.ColorJitter(0.2, 0.2, 0.2), v2.PILToTensor()])
+        return everything, v2.Compose([v2.RandomAffine(15, (0.1, 0.1), (0.9, 1.1)),
+                                       v2.ColorJitter(0.2, 0.2, 0.2), v2.PILToTensor()])
     operation = v2.RandomApply([v2.RandAugment(num_ops=1, magnitude=27)], p=0.5)
-    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), operation, operation,
-                       v2.PILToTensor(), v2.RandomErasing(p=0.2, value=(124, 116, 104))])
+    return random_part, v2.Compose([v2.RandomHorizontalFlip(), operation, operation, v2.PILToTensor(),
+                                    v2.RandomErasing(p=0.2, value=(124, 116, 104))])
 
 
 class Images(torch.utils.data.Dataset):
-    """(image (3, S, S) uint8, label, id) of each image of a split; the id is its index.
+    """(image (3, size, size) uint8, label, id) of each image of a split; the id is its index.
 
-    An index may come with a seed, (index, seed): the augmentation is then drawn from that seed alone, so
-    that it depends neither on the worker that happens to draw it nor on what was drawn before.
+    In training the image is augmented by the recipe; an index may then come with a seed, (index, seed), from
+    which alone everything random is drawn, whichever worker draws it and whatever was drawn before. Otherwise
+    the image is resized, or for "paper" the centre crop of a resize to 256/224 of the size.
     """
 
-    def __init__(self, split, transform):
-        self.split, self.transform = split, transform
+    def __init__(self, split, size, recipe, training=False):
+        self.split, self.size = split, size
+        self.cut, self.transform = augmentation(recipe if training else "none")
+        if recipe == "paper" and not training:
+            self.cut = centre
 
     def __len__(self):
         return len(self.split.labels)
 
     def __getitem__(self, key):
         i, seed = key if isinstance(key, tuple) else (key, None)
-        image = open_image(self.split.images[i])
+        box = None if self.split.boxes is None else self.split.boxes[i]
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)
+            image = open_image(self.split.images[i], self.size, self.cut, box)
             return self.transform(image), self.split.labels[i], i
 
 
@@ -361,35 +534,41 @@ def check(split):
             open_image(item)
         except UserError as error:
             return str(error)
+    unique = dict.fromkeys(split.images) if isinstance(split.images, list) else split.images
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [text for text in pool.map(complaint, split.images) if text]
+        return [text for text in pool.map(complaint, unique) if text]
+
+
+def add_flags(add, default=None):
+    """The flags that say which data, for every script."""
+    add("--dataset", choices=DATASETS, default=default, help="its preset sets every 'preset' flag of train.py")
+    add("--root", default="data" if default else None, help="the folder that holds the unpacked archive (data)")
+    add("--allow-partial", action="store_true", help="other than official counts are a warning")
+    add("--test-list", choices=("small", "medium", "large"), default="small" if default else None,
+        help="vehicleid: 800, 1600 or 2400 vehicles to test on (small)")
+    add("--df2-labels", choices=("paper", "official"), default="paper" if default else None,
+        help="df2: a class is (pair, category, style), or officially (pair, style) (paper)")
+    add("--classes", type=int, default=1000 if default else None,
+        help="synthetic: classes to train on, and as many to test on (1000)")
+    add("--max-images", type=int, default=8 if default else None,
+        help="synthetic: 3 to this many images a class (8)")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="What a data set's lists say.", allow_abbrev=False)
-    parser.add_argument("--dataset", choices=DATASETS, default="synthetic")
-    parser.add_argument("--root", default="data",
-                        help="the folder that holds the unpacked archive (default data)")
-    parser.add_argument("--allow-partial", action="store_true",
-                        help="other than official counts are a warning")
+    add_flags(parser.add_argument, "synthetic")
     parser.add_argument("--check", action="store_true", help="open every image and list the bad ones")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    args, bad = parse_args(argv), []
+    args = parse_args(argv)
     try:
-        splits = load(args.dataset, args.root, args.allow_partial)
+        splits = load_for({**vars(args), "image_size": 32}, args.allow_partial)
     except (UserError, OSError) as error:
         sys.exit(f"data.py: {error}")
-    for name, split in zip(splits._fields, splits):
-        if split is None:
-            print(f"{name:8} the queries, each without itself")
-            continue
-        counts = split.labels.unique(return_counts=True)[1]
-        print(f"{name:8} {len(split.labels):7} images {len(counts):6} classes, "
-              f"{int(counts.min())} to {int(counts.max())} images each")
-        bad += check(split) if args.check else []
+    print(*describe(splits), sep="\n")
+    bad = [text for part in splits if part is not None for text in check(part)] if args.check else []
     if bad:
         print(*bad, sep="\n")
         sys.exit(f"data.py: {len(bad)} images of {args.dataset} in {args.root} cannot be read")

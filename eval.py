@@ -16,6 +16,7 @@ from urllib.error import URLError
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 import data
@@ -164,7 +165,7 @@ def embed(model, split, settings, device="cpu", workers=0):
     """Embeddings (N, D) float32 and labels (N,), on `device`, of a split's images in their order."""
     was_training = model.training
     model.eval()
-    images = data.Images(split, data.eval_transform(settings["image_size"], settings["augment"]))
+    images = data.Images(split, settings["image_size"], settings["augment"])
     batches = data.loader(images, workers, batch_size=256)
     with autocast(device, settings["amp"]):
         z = torch.cat([model(x.to(device)).float() for x, _, _ in batches])
@@ -172,13 +173,18 @@ def embed(model, split, settings, device="cpu", workers=0):
     return z, split.labels.to(device)
 
 
-def evaluate(model, splits, ks, settings, device="cpu", workers=0):
-    """{"recall@K": ..., "map@r": ...} of the test splits, shares in 0..1."""
-    query = embed(model, splits.query, settings, device, workers)
-    gallery = embed(model, splits.gallery, settings, device, workers) if splits.gallery else (None, None)
+def scores(query, gallery, ks):
+    """{"recall@K": ..., "map@r": ...}, shares in 0..1, of (z, y) pairs as embed returns them."""
     ranks = positive_ranks(*query, *gallery)
     recall = {f"recall@{k}": v for k, v in recall_from_ranks(ranks, ks).items()}
     return {**recall, "map@r": map_from_ranks(ranks)}
+
+
+def evaluate(model, splits, ks, settings, device="cpu", workers=0):
+    """The scores of the query split, searched in the gallery or in itself."""
+    pairs = [embed(model, part, settings, device, workers) if part else (None, None)
+             for part in (splits.query, splits.gallery)]
+    return scores(*pairs, ks)
 
 
 def usable_ks(ks, splits):
@@ -190,41 +196,154 @@ def usable_ks(ks, splits):
     return [k for k in ks if k < size]
 
 
-def rebuild(state):
-    """The trained encoder of a checkpoint's content, in evaluation mode."""
-    model = Encoder(state["settings"]["backbone"], state["settings"]["dim"])
-    model.load_state_dict(state["model"])
-    return model.eval()
+def rebuild(path):
+    """The trained encoder of a checkpoint, in evaluation mode, and the checkpoint's content."""
+    state = load_file(path)
+    try:
+        model = Encoder(state["settings"]["backbone"], state["settings"]["dim"])
+        model.load_state_dict(state["model"])
+        state["epoch"]
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise data.UserError(f"{path}: not a checkpoint of this version of train.py ({error})") from None
+    return model.eval(), state
 
+
+# ---------------------------------------------------------------- results to look at
+
+def contact_sheet(query, gallery, z, gallery_z, show, nearest=7, side=96):
+    """PIL image: the `show` worst queries, worst first, each beside its nearest images and its first right one.
+
+    query, gallery: splits, gallery None: the queries themselves; z (Q, D), gallery_z (G, D) or None: their
+    embeddings. A right neighbour has a full frame and a tick, a wrong one a dashed frame and a cross.
+    """
+    itself, gallery = gallery is None, gallery or query
+    y, gallery_y = query.labels, gallery.labels
+    first = positive_ranks(z, y, gallery_z, None if itself else gallery_y)[:, 0]        # (Q,) 0: no match
+    worst = first.where(first > 0, len(gallery_y)).argsort(descending=True, stable=True)[:show]
+    sim = F.normalize(z[worst], dim=1) @ F.normalize(z if itself else gallery_z, dim=1).T       # (show, G)
+    if itself:
+        sim.scatter_(1, worst[:, None], -torch.inf)
+    near = sim.topk(min(nearest, sim.shape[1] - itself)).indices                        # (show, nearest)
+    right = sim.masked_fill(y[worst, None] != gallery_y, -torch.inf).argmax(1)          # (show,)
+    sheet = Image.new("RGB", ((nearest + 2) * (side + 12), 24 + len(worst) * (side + 34)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, title in ((0, "query"), (1, "nearest images"), (nearest + 1, "first right one")):
+        pen.text((column * (side + 12) + 6, 4), title, "black", ImageFont.load_default(13))
+    for r, q in enumerate(worst.tolist()):
+        top = 24 + r * (side + 34)
+        tile(sheet, 0, top, side, query, q, f"class {y[q]}", None)
+        for c, g in enumerate(near[r].tolist()):
+            tile(sheet, c + 1, top, side, gallery, g, f"#{c + 1}   {sim[r, g]:.3f}", bool(gallery_y[g] == y[q]))
+        if first[q] > 0:
+            g = int(right[r])
+            tile(sheet, nearest + 1, top, side, gallery, g, f"#{first[q]}   {sim[r, g]:.3f}", True)
+        else:
+            pen.text(((nearest + 1) * (side + 12) + 6, top + 6), "there is none", "black")
+    return sheet
+
+
+def tile(sheet, column, top, side, split, i, caption, right):
+    """One image of a sheet, framed as right (True), wrong (False) or a query (None), with its caption."""
+    x, y, pen = column * (side + 12) + 6, top, ImageDraw.Draw(sheet)
+    box = None if split.boxes is None else split.boxes[i]
+    sheet.paste(data.open_image(split.images[i], side, data.everything, box), (x, y))
+    colour = {True: "#0060c0", False: "#d04000", None: "black"}[right]
+    if right is False:          # dashes
+        for k in range(0, side, 12):
+            for a, b in (((x + k, y), (x + k + 6, y)), ((x + k, y + side), (x + k + 6, y + side)),
+                         ((x, y + k), (x, y + k + 6)), ((x + side, y + k), (x + side, y + k + 6))):
+                pen.line((a, b), colour, 3)
+    else:
+        pen.rectangle((x - 1, y - 1, x + side, y + side), outline=colour, width=4 if right else 1)
+    sx, sy = x + side - 14, y + side + 5
+    if right is not None:
+        lines = [(0, 6, 4, 11), (4, 11, 12, 0)] if right else [(1, 1, 11, 11), (1, 11, 11, 1)]
+        for x0, y0, x1, y1 in lines:
+            pen.line((sx + x0, sy + y0, sx + x1, sy + y1), colour, 3)
+    pen.text((x, y + side + 3), caption, "black", ImageFont.load_default(13))
+
+
+def plot(runs, out):
+    """One figure of the logs of some runs, a line a run, to the file `out`."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise data.UserError("--plot needs matplotlib: python -m pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    panels = (("Recall@1 (%)", {"-": "recall@1"}), ("loss", {"-": "loss"}),
+              ("drift of a step: mean -, max :", {"-": "drift_mean", ":": "drift_max"}),
+              ("staleness: stored -, adapted :", {"-": "staleness_stored", ":": "staleness_adapted"}),
+              ("gain K", {"-": "gain"}))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(17, 3.6), layout="constrained")
+    for n, run in enumerate(runs):
+        path = run / "log.jsonl"
+        try:
+            records = [json.loads(line) for line in path.read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise data.UserError(f"{path}: cannot be read as the log of a run ({error})") from None
+        for axis, (title, lines) in zip(axes, panels):
+            for style, key in lines.items():
+                points = [(r["epoch"], r[key] * (100 if "%" in title else 1))
+                          for r in records if r.get(key) is not None]
+                axis.plot(*zip(*points) if points else ((), ()), style, color=f"C{n}",
+                          label=run.name if style == "-" else None)
+            axis.set(title=title, xlabel="epoch")
+            axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(out, dpi=100)
+
+
+# ---------------------------------------------------------------- python eval.py
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Recall@K and MAP@R of a checkpoint.", allow_abbrev=False)
-    parser.add_argument("checkpoint", type=Path, help="checkpoint.pt or best.pt of a run")
-    parser.add_argument("--dataset", choices=data.DATASETS, help="default: the one it was trained on")
-    parser.add_argument("--root", help="default: where it was in training")
-    parser.add_argument("--allow-partial", action="store_true",
-                        help="other than official counts are a warning")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images (default 0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(argv)
+    add = parser.add_argument
+    add("checkpoint", type=Path, nargs="?", help="checkpoint.pt or best.pt of a run")
+    data.add_flags(add)         # default: as in training
+    add("--workers", type=int, default=0, help="processes that read images (0)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--show", type=int, metavar="N", help="draw the N worst queries with their neighbours to --out")
+    add("--plot", type=Path, nargs="+", metavar="RUN", help="draw the logs of runs to --out; no checkpoint")
+    add("--out", type=Path, help="sheet.png with --show, plot.png with --plot")
+    args = parser.parse_args(argv)
+    if (args.checkpoint is None) == (args.plot is None):
+        parser.error("expected a checkpoint, or --plot with the folders of runs")
+    if args.workers < 0 or args.show is not None and args.show < 1:
+        parser.error("--workers must be at least 0, --show at least 1")
+    return args
+
+
+def run(args):
+    if args.plot:
+        out = args.out or Path("plot.png")
+        plot(args.plot, out)
+        return print(f"{out}: {len(args.plot)} runs")
+    model, state = rebuild(args.checkpoint)
+    settings = {**state["settings"], "amp": state["settings"]["amp"] if args.device != "cpu" else "off"}
+    settings.update({k: v for k, v in vars(args).items() if k in settings and k != "out" and v})
+    splits = data.load_for(settings, settings["allow_partial"])
+    ks = usable_ks(data.DATASETS[settings["dataset"]].ks, splits)
+    model.to(args.device)
+    query, gallery = (embed(model, part, settings, args.device, args.workers) if part else (None, None)
+                      for part in (splits.query, splits.gallery))
+    result = scores(query, gallery, ks)
+    if args.show:
+        out = args.out or Path("sheet.png")
+        z, gallery_z = (None if z is None else z.cpu() for z, _ in (query, gallery))
+        contact_sheet(splits.query, splits.gallery, z, gallery_z, args.show).save(out)
+        print(f"{out}: the {min(args.show, len(z))} worst queries")
+    print(f"{args.checkpoint}: {settings['dataset']}, epoch {state['epoch']}")
+    print("  ".join(f"{name} {100 * value:.2f}" for name, value in result.items()))
+    print(json.dumps({"dataset": settings["dataset"], "epoch": state["epoch"], **result}))
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
-        state = load_file(args.checkpoint)
-        if not isinstance(state, dict) or not {"settings", "model", "epoch"} <= state.keys():
-            raise data.UserError(f"{args.checkpoint}: not a checkpoint of train.py")
-        settings = {**state["settings"], "amp": state["settings"]["amp"] if args.device != "cpu" else "off"}
-        settings.update({k: v for k, v in (("dataset", args.dataset), ("root", args.root)) if v})
-        splits = data.load_for(settings, args.allow_partial or settings["allow_partial"])
-        ks = usable_ks(data.DATASETS[settings["dataset"]].ks, splits)
-        result = evaluate(rebuild(state).to(args.device), splits, ks, settings, args.device, args.workers)
-    except data.UserError as error:
+        run(args)
+    except (data.UserError, OSError) as error:
         sys.exit(f"eval.py: {data.sentence(error)}")
-    print(f"{args.checkpoint}: {settings['dataset']}, epoch {state['epoch']}")
-    print("  ".join(f"{name} {100 * value:.2f}" for name, value in result.items()))
-    print(json.dumps({"dataset": settings["dataset"], "epoch": state["epoch"], **result}))
 
 
 if __name__ == "__main__":

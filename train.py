@@ -35,7 +35,8 @@ SMALL = dict(
     backbone="conv4", weights="none", augment="light", image_size=32, dim=128, batch_size=64,
     epochs=6, head_epochs=0, lr=1e-3, lr_drops=[4, 5], lr_decay=0.33, weight_decay=0.01,
     memory_ratio=0.5, warmup_steps=300, gain_interval=100)      # from scratch, hence the warm-up
-PRESETS = {"synthetic": SMALL, "sop": PAPER, "folder": PAPER}
+PRESETS = {"synthetic": SMALL, "sop": PAPER, "inshop": PAPER, "vehicleid": PAPER, "folder": PAPER,
+           "df2": {**PAPER, "memory_ratio": 1.0, "gain_interval": 10}}
 
 # name: (the loss of the mined pairs, the mining that the log counts)
 LOSSES = {
@@ -51,11 +52,9 @@ def parse_args(argv=None):
                                 allow_abbrev=False, epilog="'preset' defaults depend on --dataset.")
     add = p.add_argument
     g = p.add_argument_group("data").add_argument
-    g("--dataset", choices=PRESETS, default="synthetic", help="its preset sets every 'preset' flag below")
-    g("--root", default="data", help="the folder that holds the unpacked archive (default data)")
-    g("--allow-partial", action="store_true", help="other than official image counts are a warning")
-    g("--classes", type=int, default=1000, help="synthetic: classes to train, and as many to test (1000)")
-    g("--max-images", type=int, default=8, help="synthetic: 3 to this many images a class (8)")
+    data.add_flags(g, "synthetic")
+    g("--val-fraction", type=float, default=0.0,
+      help="share of the training classes held out; the best epoch is then chosen on them (0: on the test split)")
     g("--image-size", type=int, help="pixels a side (preset)")
     g("--augment", choices=("paper", "light", "none"), help="training transform (preset)")
     g("--workers", type=int,
@@ -106,6 +105,8 @@ def parse_args(argv=None):
             p.error(f"--{name.replace('_', '-')} must be at least 0, got {getattr(args, name)}")
     if not (args.lr > 0 and args.lr_decay > 0 and args.memory_ratio > 0 and args.max_images >= 3):
         p.error("--lr, --lr-decay and --memory-ratio must be above 0, --max-images at least 3")
+    if not 0 <= args.val_fraction < 1:
+        p.error(f"--val-fraction must be in [0, 1), got {args.val_fraction}")
     if args.batch_size % args.images_per_class:
         p.error(f"--batch-size {args.batch_size} is not a multiple of "
                 f"--images-per-class {args.images_per_class}")
@@ -208,7 +209,7 @@ def fill_memory(model, criterion, split, args):
     """Random training images, embedded by the network as it is now, until the memory is full (XBM)."""
     g = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(split.labels), generator=g)[:criterion.memory.size].tolist()
-    images = data.Images(split, data.train_transform(args.image_size, args.augment))
+    images = data.Images(split, args.image_size, args.augment, training=True)
     batches = data.loader(images, args.workers, batch_size=args.batch_size, drop_last=True,
                           sampler=[(i, k) for k, i in enumerate(order)])
     with untouched(model), autocast(args.device, args.amp):
@@ -311,7 +312,9 @@ def resume(run, path):
 def build(args):
     """Everything a run consists of, in one dict."""
     torch.manual_seed(args.seed)
-    splits = data.load_for(vars(args), args.allow_partial)
+    splits, val = data.load_for(vars(args), args.allow_partial), None
+    if args.val_fraction:
+        splits, val = data.hold_out(splits, args.val_fraction)
     sampler = data.ClassBalancedSampler(splits.train.labels, args.batch_size, args.images_per_class,
                                         args.seed)
     rows = int(args.memory_ratio * len(splits.train.labels))
@@ -321,7 +324,7 @@ def build(args):
     if args.method != "none" and rows < args.batch_size:
         raise ValueError(f"--memory-ratio {args.memory_ratio:g} makes a memory of {rows} rows, "
                          f"less than --batch-size {args.batch_size}")
-    images = data.Images(splits.train, data.train_transform(args.image_size, args.augment))
+    images = data.Images(splits.train, args.image_size, args.augment, training=True)
     on_gpu = args.device.startswith("cuda")
     batches = data.loader(images, args.workers, pin_memory=on_gpu, batch_sampler=data.Seeded(sampler))
     model = Encoder(args.backbone, args.dim)
@@ -333,7 +336,7 @@ def build(args):
                                     args.momentum, args.warmup_steps).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
-    return dict(args=args, splits=splits, sampler=sampler, batches=batches, model=model, probe=probe,
+    return dict(args=args, splits=splits, val=val, sampler=sampler, batches=batches, model=model, probe=probe,
                 criterion=criterion, optimizer=optimizer, scaler=scaler, records=[],
                 ks=usable_ks(data.DATASETS[args.dataset].ks, splits))
 
@@ -348,17 +351,23 @@ def raw_pixels(splits, args):
 
 
 def finish_epoch(run, epoch, record):
-    """Evaluate, log, save. The best epoch is chosen on the split it is reported on: the test split."""
-    start = time.perf_counter()
-    args = run["args"]
-    result = evaluate(run["model"], run["splits"], run["ks"], vars(args), args.device, args.workers)
-    run["records"].append({"epoch": epoch, **record, **result,
-                           "eval_seconds": round(time.perf_counter() - start, 1)})
-    best = max(run["records"], key=lambda r: r["recall@1"])
+    """Evaluate, log, save; best.pt is the epoch best on the validation classes, or else on the test split."""
+    start, args = time.perf_counter(), run["args"]
+    options = vars(args), args.device, args.workers
+    result = evaluate(run["model"], run["splits"], run["ks"], *options)
+    if run["val"]:
+        val = evaluate(run["model"], data.Splits(None, run["val"]), [1], *options)
+        result["val_recall@1"] = val["recall@1"]
+    seconds = round(time.perf_counter() - start, 1)
+    run["records"].append({"epoch": epoch, **record, **result, "eval_seconds": seconds})
     print(f"epoch {epoch}/{args.epochs}  " + "  ".join(f"{k} {100 * v:.2f}" for k, v in result.items()),
           flush=True)
-    save(run, epoch, is_best=best["epoch"] == epoch)
-    return best
+    save(run, epoch, is_best=best_record(run)["epoch"] == epoch)
+
+
+def best_record(run):
+    key = "val_recall@1" if run["val"] else "recall@1"
+    return max(run["records"], key=lambda r: r[key])
 
 
 def train(args):
@@ -369,7 +378,7 @@ def train(args):
     except ValueError as error:             # flags that do not fit the data, or an unknown backbone
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    print(json.dumps(vars(args)), flush=True)
+    print(*data.describe(run["splits"]), json.dumps(vars(args)), sep="\n", flush=True)
     if args.epochs == 0:
         print(f"Recall@1 of raw pixels: {100 * raw_pixels(run['splits'], args):.2f}")
     resumed = (out / "checkpoint.pt").exists()
@@ -383,11 +392,11 @@ def train(args):
     run["model"].train()
     for epoch in range(epoch + 1, args.epochs + 1):
         finish_epoch(run, epoch, train_epoch(run, epoch))
-    records = run["records"]
-    best = max(records, key=lambda r: r["recall@1"])
-    print(f"Recall@1: last {100 * records[-1]['recall@1']:.2f} (epoch {records[-1]['epoch']}), best "
-          f"{100 * best['recall@1']:.2f} (epoch {best['epoch']}, chosen on the test split)")
-    return records
+    last, best = run["records"][-1], best_record(run)
+    print(f"Recall@1: last {100 * last['recall@1']:.2f} (epoch {last['epoch']}), best "
+          f"{100 * best['recall@1']:.2f} (epoch {best['epoch']}, chosen on "
+          f"{'held-out training classes' if run['val'] else 'the test split'})")
+    return run["records"]
 
 
 def main(argv=None):
