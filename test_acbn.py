@@ -673,6 +673,181 @@ def test_folder_in_both_layouts(tmp_path):
             data.load("folder", wrong)
 
 
+def jpeg(path, seed=0, size=(60, 40), **options):
+    """One small image file of noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def make_inshop(root, place="Eval", images="Img/img", edit=lambda text: text):
+    """A replica of In-shop Clothes Retrieval: blank-padded rows, a class with one image, 4 + 4 classes."""
+    rows = []
+    for item, (status, n) in enumerate([("train", 4), ("train", 1), ("train", 4), ("train", 5),
+                                        ("query", 2), ("query", 1), ("query", 3), ("query", 2)], 1):
+        for k in range(n):
+            rows.append((f"WOMEN/Dresses/id_{item:08d}/{k:02d}_1_front.jpg", item, status))
+            if status == "query":
+                rows.append((f"WOMEN/Dresses/id_{item:08d}/{k:02d}_2_side.jpg", item, "gallery"))
+    for k, (name, _, _) in enumerate(rows):
+        jpeg(root / images / name, k)
+    lines = [str(len(rows)), "image_name item_id evaluation_status"]
+    lines += [f"img/{name:60} id_{item:08d} {status}      " for name, item, status in rows]
+    (root / place).mkdir(exist_ok=True)
+    (root / place / "list_eval_partition.txt").write_text(edit("\n".join(lines) + "\n"))
+    return root
+
+
+def make_df2(root, nest=False, edit=lambda anno: anno):
+    """A replica of DeepFashion2: two items an image, style 0, a box without area, pair ids that restart."""
+    for part in ("train", "validation"):
+        base = root / part / part if nest else root / part
+        for k in range(12):
+            item = {"category_id": 1 + k % 2, "style": k // 4 % 3, "bounding_box": [5, 5, 45, 35]}
+            other = {"category_id": 3, "style": 1, "bounding_box": [0, 0, 0, 0] if k == 0 else [-4, 2, 99, 30]}
+            anno = {"item2": other, "source": "user" if k % 3 else "shop", "pair_id": 1 + k // 6, "item1": item}
+            jpeg(base / "image" / f"{k + 1:06d}.jpg", k)
+            (base / "annos").mkdir(exist_ok=True)
+            (base / "annos" / f"{k + 1:06d}.json").write_text(json.dumps(edit(anno)))
+    return root
+
+
+def make_vehicleid(root, edit=lambda text: text):
+    """A replica of VehicleID: a training list and three test lists."""
+    base, k = root / "VehicleID_V1.0", 0
+    (base / "train_test_split").mkdir(parents=True)
+    for name, vehicles in (("train_list", range(5)), ("test_list_800", range(5, 9)),
+                           ("test_list_1600", range(5, 10)), ("test_list_2400", range(5, 11))):
+        lines = []
+        for vehicle in vehicles:
+            for _ in range(4):
+                k += 1
+                jpeg(base / "image" / f"{k:07d}.jpg", k)
+                lines.append(f"{k:07d} {vehicle}")
+        (base / "train_test_split" / f"{name}.txt").write_text(edit("\n".join(lines)))
+    return root
+
+
+@pytest.mark.parametrize("place", ["Eval", "Anno", "."])
+@pytest.mark.parametrize("images", ["Img/img", "img", "img_highres"])
+def test_inshop_replica_in_every_layout(tmp_path, place, images):
+    make_inshop(tmp_path, place, images)
+    with pytest.raises(data.UserError, match="train split has 14 images of 4 classes, expected 25882 of 3997"):
+        data.load("inshop", tmp_path)
+    splits = data.load("inshop", tmp_path, allow_partial=True)
+    assert splits.train.labels.tolist() == [1] * 4 + [2] + [3] * 4 + [4] * 5
+    assert splits.query.labels.tolist() == splits.gallery.labels.tolist() == [5, 5, 6, 7, 7, 7, 8, 8]
+    assert all(Path(p).exists() for part in splits for p in part.images)
+    assert len({*splits.query.images, *splits.gallery.images}) == 16
+
+
+@pytest.mark.parametrize("edit, message", [
+    (lambda t: t.replace("30", "31", 1), "line 1: says 31 images, 30 rows follow"),
+    (lambda t: t.replace("image_name", "name", 1), "line 2: expected 'image_name item_id"),
+    (lambda t: t.replace(" query ", " probe ", 1), r"line 17: expected 'img/<path> id_<number> train, query"),
+    (lambda t: t.replace("id_00000001 train", "id_x train", 1), "line 3: expected a whole number, found 'x'"),
+    (lambda t: t.replace("id_00000001 train", "train", 1), "line 3: expected 3 words"),
+    (lambda t: "\xff" * 9, "line 2: expected")])
+def test_inshop_faults_name_file_and_line(tmp_path, edit, message):
+    make_inshop(tmp_path, edit=edit)
+    with pytest.raises(data.UserError, match="list_eval_partition.txt.*" + message):
+        data.load("inshop", tmp_path, allow_partial=True)
+
+
+@pytest.mark.parametrize("nest", [False, True])
+def test_df2_replica_follows_the_paper_s_rules(tmp_path, nest, capsys):
+    make_df2(tmp_path, nest)
+    with pytest.raises(data.UserError, match="train split has 20 images of .* expected 217778"):
+        data.load("df2", tmp_path)
+    train_split, query, gallery = data.load("df2", tmp_path, allow_partial=True)
+    # 24 items a part, 4 of them of style 0; of validation 8 are shops', of which 2 have style 0.
+    assert len(train_split.labels) == 20 and len(gallery.labels) == 8 and len(query.labels) == 16 - 2
+    assert not set(train_split.labels.tolist()) & set(query.labels.tolist() + gallery.labels.tolist())
+    keys = {(k // 6, 3, 1) for k in range(12)} | {(k // 6, 1 + k % 2, k // 4 % 3) for k in range(4, 12)}
+    assert len(train_split.labels.unique()) == len(keys)
+    assert torch.isin(query.labels, gallery.labels).any()
+    official = data.load("df2", tmp_path, allow_partial=True, df2_labels="official")
+    assert len(official.train.labels.unique()) == len({(pair, style) for pair, _, style in keys})
+    lines = list(data.describe(data.Splits(train_split, query, gallery)))
+    assert any("1 boxes without area: the whole image is taken" in line for line in lines)
+    images = data.Images(train_split, 16, "none")
+    assert all(images[i][0].shape == (3, 16, 16) for i in range(20))
+
+
+@pytest.mark.parametrize("edit, message", [
+    (lambda a: {**a, "source": "web"}, "source is not user or shop"),
+    (lambda a: {k: v for k, v in a.items() if k != "pair_id"}, "KeyError: 'pair_id'"),
+    (lambda a: {**a, "item1": {**a["item1"], "bounding_box": [1, 2, 3]}}, "a box has not four numbers"),
+    (lambda a: [a], "not a DeepFashion2 annotation")])
+def test_df2_faults_name_the_annotation(tmp_path, edit, message):
+    make_df2(tmp_path, edit=edit)
+    with pytest.raises(data.UserError, match="000001.json: not a DeepFashion2 annotation.*" if "not a" not in message
+                       else "000001.json") as error:
+        data.load("df2", tmp_path, allow_partial=True)
+    assert message in str(error.value)
+
+
+def test_vehicleid_replica_and_its_three_test_lists(tmp_path):
+    make_vehicleid(tmp_path)
+    with pytest.raises(data.UserError, match="train split has 20 images of 5 classes, expected any number of 13164"):
+        data.load("vehicleid", tmp_path)
+    for test_list, vehicles in (("small", 4), ("medium", 5), ("large", 6)):
+        splits = data.load("vehicleid", tmp_path, allow_partial=True, test_list=test_list)
+        assert len(splits.train.labels) == 20 and len(splits.query.labels) == 4 * vehicles
+        assert splits.gallery is None and all(Path(p).exists() for p in splits.train.images)
+
+
+@pytest.mark.parametrize("name", ["sop", "inshop", "df2", "vehicleid", "folder"])
+def test_loaders_of_a_wrong_root_show_the_expected_tree(tmp_path, name):
+    with pytest.raises(data.UserError) as error:
+        data.load(name, tmp_path)
+    assert data.DATASETS[name].tree in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["inshop", "df2", "vehicleid"])
+def test_scripts_train_and_evaluate_on_each_replica(tmp_path, name, capsys):
+    {"inshop": make_inshop, "df2": make_df2, "vehicleid": make_vehicleid}[name](tmp_path)
+    flags = ["--dataset", name, "--root", str(tmp_path), "--allow-partial"]
+    data.main([*flags, "--check"])
+    assert "gallery" in capsys.readouterr().out
+    small = "--backbone conv4 --weights none --image-size 32 --dim 8 --batch-size 8 --epochs 1 --head-epochs 1"
+    records = train.main([*flags, *small.split(), "--memory-ratio", "1", "--device", "cpu", "--workers", "0",
+                          "--val-fraction", "0.25", "--out", str(tmp_path / "run")])
+    assert "held-out training classes" in capsys.readouterr().out and "val_recall@1" in records[-1]
+    evaluation.main([str(tmp_path / "run" / "checkpoint.pt"), "--device", "cpu", "--show", "3",
+                     "--out", str(tmp_path / "sheet.png")])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["recall@1"] == pytest.approx(records[-1]["recall@1"])
+    assert Image.open(tmp_path / "sheet.png").size[1] == 24 + 3 * (96 + 34)
+
+
+def test_held_out_classes_are_disjoint():
+    splits = data.synthetic(classes=20, max_images=4)
+    rest, val = data.hold_out(splits, 0.25)
+    assert len(val.labels.unique()) == 5 and len(rest.train.labels) + len(val.labels) == len(splits.train.labels)
+    assert not set(rest.train.labels.tolist()) & set(val.labels.tolist())
+    assert rest.train.images.shape[0] == len(rest.train.labels)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "light"])
+def test_images_decoded_at_reduced_scale_look_like_the_whole_resized(tmp_path, recipe):
+    smooth = np.add.outer(np.sin(np.arange(900) / 60), np.cos(np.arange(1100) / 50))
+    picture = np.stack([smooth, smooth[::-1], -smooth], 2) * 60 + 128
+    Image.fromarray(picture.astype(np.uint8)).save(tmp_path / "a.jpg", quality=95)
+    Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")         # the same pixels, never decoded reduced
+    part = data.Split([str(tmp_path / "a.jpg"), str(tmp_path / "a.png")], torch.zeros(2, dtype=torch.int64),
+                      torch.tensor([[100.0, 50, 1090, 850], [100, 50, 1090, 850]]))
+    for training in (False, True):
+        images = data.Images(part, 64, recipe if not training else "paper", training)
+        images.transform = data.augmentation("none")[1]
+        a, b = images[0, 3][0].float(), images[1, 3][0].float()
+        assert (a - b).abs().mean() < 2
+    cut = data.open_image(part.images[1], 64, data.centre, part.boxes[1])
+    box = (100 + 95 + 50, 50 + 50, 1090 - 95 - 50, 850 - 50)       # the centre 7/8 of the box's 800 x 800
+    expected = Image.open(part.images[1]).crop(box).resize((64, 64), Image.Resampling.BILINEAR)
+    assert np.abs(np.asarray(cut, float) - np.asarray(expected, float)).mean() < 1
+
+
 def test_synthetic_is_drawn_from_the_seed():
     a, b, c = (data.synthetic(classes=30, max_images=5, seed=s) for s in (0, 0, 1))
     assert (a.train.images == b.train.images).all() and not np.array_equal(a.train.images, c.train.images)
@@ -989,6 +1164,29 @@ def test_scripts_fail_with_one_sentence_and_without_a_traceback(tmp_path):
         assert "Traceback" not in result.stderr
 
 
+def test_contact_sheet_shows_the_worst_queries_first():
+    splits, z = data.synthetic(classes=5, max_images=4), None
+    z = F.one_hot(splits.query.labels - 5, 5).float()
+    z[3] = -z[3]                                    # the fourth query is nearest to nothing of its class
+    sheet = np.asarray(evaluation.contact_sheet(splits.query, None, z, None, 2, nearest=3, side=32))
+    first = np.asarray(data.open_image(splits.query.images[3], 32, data.everything))
+    assert (sheet[24:24 + 32, 6:6 + 32][2:-2, 2:-2] == first[2:-2, 2:-2]).all()
+    assert sheet.shape == (24 + 2 * 66, 5 * 44, 3)
+
+
+def test_plot_draws_runs_or_says_what_is_missing(tmp_path, monkeypatch):
+    tiny(tmp_path / "run", "--epochs", "1")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        evaluation.main(["--plot", str(tmp_path / "run")])
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    evaluation.main(["--plot", str(tmp_path / "run"), str(tmp_path / "run"), "--out", str(tmp_path / "p.png")])
+    assert Image.open(tmp_path / "p.png").size == (1000, 560)
+    with pytest.raises(SystemExit, match="cannot be read as the log of a run"):
+        evaluation.main(["--plot", str(tmp_path)])
+
+
 # ---------------------------------------------------------------- the README
 
 def readme_blocks(language):
@@ -1011,7 +1209,40 @@ def test_readme_commands_are_accepted_by_the_scripts():
 
 def test_readme_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    tiny(tmp_path / "runs" / "synthetic-axbn-ms-b64-s0", "--epochs", "0")
+    for k in range(9):
+        jpeg(tmp_path / "photos" / f"{k}.jpg", k)
     blocks = readme_blocks("python")
-    assert blocks
+    assert len(blocks) == 3
     for block in blocks:
         exec(block, {})
+
+
+# ---------------------------------------------------------------- python test_acbn.py: what is too long for a test
+
+def rehearsal(root):
+    """Writes 120,053 drawn JPEGs of 32 x 32 in the exact layout and counts of Stanford Online Products."""
+    base = Path(root) / "Stanford_Online_Products"
+    kinds = "bicycle cabinet chair coffee_maker fan kettle lamp mug sofa stapler table toaster".split()
+    for kind in kinds:
+        (base / f"{kind}_final").mkdir(parents=True, exist_ok=True)
+    rng, image_id, class_id = np.random.default_rng(0), 0, 0
+    for name, images, classes in (("Ebay_train.txt", 59551, 11318), ("Ebay_test.txt", 60502, 11316)):
+        lines = ["image_id class_id super_class_id path"]
+        for c in range(classes):
+            class_id += 1
+            look = rng.integers(0, 256, (4, 4, 3))
+            for k in range(images // classes + (c < images % classes)):
+                image_id += 1
+                path = f"{kinds[class_id % 12]}_final/{110000000000 + class_id}_{k}.JPG"
+                pixels = np.kron(np.roll(look, rng.integers(0, 2, 2), (0, 1)), np.ones((8, 8, 1)))
+                pixels = (pixels * rng.uniform(0.6, 1) + rng.normal(0, 12, (32, 32, 3))).clip(0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(base / path, quality=80)
+                lines.append(f"{image_id} {class_id} {class_id % 12 + 1} {path}")
+        (base / name).write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] != "rehearsal":
+        sys.exit("usage: python test_acbn.py rehearsal DIR    writes a stand-in for SOP at its full size")
+    rehearsal(sys.argv[2])
