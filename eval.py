@@ -85,12 +85,12 @@ def map_at_r(z, y, gallery_z=None, gallery_y=None):
 
 # ---------------------------------------------------------------- the model
 
-def conv4(widths=(48, 96, 192, 256)):
-    """Four convolutions with batch norm, for small images on a CPU: (B, 3, S, S) -> (B, 256)."""
+def conv4(batch_norm=True, widths=(48, 96, 192, 256)):
+    """Four convolutions for small images on a CPU: (B, 3, S, S) -> (B, 256)."""
     layers, c = [], 3
     for i, w in enumerate(widths):
-        layers += [nn.Conv2d(c, w, 3, stride=1 if i else 2, padding=1, bias=False),
-                   nn.BatchNorm2d(w), nn.ReLU()]
+        layers.append(nn.Conv2d(c, w, 3, stride=1 if i else 2, padding=1, bias=not batch_norm))
+        layers += [nn.BatchNorm2d(w), nn.ReLU()] if batch_norm else [nn.ReLU()]
         layers += [nn.MaxPool2d(2)] if i in (1, 2) else []
         c = w
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -101,8 +101,8 @@ class Encoder(nn.Module):
 
     def __init__(self, backbone, dim):
         super().__init__()
-        if backbone == "conv4":
-            self.backbone, width = conv4(), 256
+        if backbone in ("conv4", "conv4-nobn"):
+            self.backbone, width = conv4(batch_norm=backbone == "conv4"), 256
         else:
             self.backbone = torchvision.models.get_model(backbone, weights=None)
             linear = [n for n, m in self.backbone.named_modules() if isinstance(m, nn.Linear)]

@@ -15,10 +15,12 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import acbn
 import data
@@ -70,7 +72,7 @@ def parse_args(argv=None):
     g("--gain-interval", type=int, help="the gain is renewed every so many steps (preset)")
     g("--momentum", type=float, default=0.1, help="ema: share of the old estimate, in [0, 1) (0.1)")
     g = p.add_argument_group("model").add_argument
-    g("--backbone", help="conv4 or any torchvision classifier by name (preset)")
+    g("--backbone", help="conv4, conv4-nobn or any torchvision classifier (preset)")
     g("--weights", help="imagenet, none, or a file with a state_dict (preset)")
     g("--dim", type=int, help="size of the embedding (preset)")
     g = p.add_argument_group("training").add_argument
@@ -84,6 +86,7 @@ def parse_args(argv=None):
     g("--lr-decay", type=float, help="(preset)")
     g("--weight-decay", type=float, help="of AdamW (preset)")
     g("--amp", choices=("off", "bf16", "fp16"), help="mixed precision (bf16 on a GPU, else off)")
+    g("--sync-bn", action="store_true", help="several processes: batch norm over the whole batch, by torch")
     g("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     g("--seed", type=int, default=0)
     add("--out", help="default runs/<dataset>-<method>-<loss>-b<batch>-s<seed>")
@@ -117,6 +120,47 @@ def parse_args(argv=None):
     if on_gpu and not torch.cuda.is_available():
         p.error(f"--device {args.device}: this torch sees no GPU; use --device cpu")
     return args
+
+
+# ---------------------------------------------------------------- many processes, as torchrun starts them
+
+def join(args):
+    """Join torchrun's other processes, if there are any. From here on args.device is this process's own."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        on_gpu = args.device.startswith("cuda")
+        if on_gpu:
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        # The others wait while rank 0 evaluates; when a process dies torchrun ends them all.
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=4))
+
+
+def ranks():
+    """(this process's rank, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(t):
+    """Slices (b, ...) of all processes in rank order -> (B, ...); gradient flows to this process's slice."""
+    rank, world = ranks()
+    if world == 1:
+        return t
+    parts = [torch.empty_like(t) for _ in range(world)]
+    dist.all_gather(parts, t.detach().contiguous())
+    parts[rank] = t
+    return torch.cat(parts)
+
+
+def parallel(module, device):
+    """The module with its gradients averaged over the processes; the module itself if there is one process."""
+    if ranks()[1] == 1:
+        return module
+    return DistributedDataParallel(module, [device] if device.startswith("cuda") else None)
+
+
+def say(*lines):
+    if ranks()[0] == 0:
+        print(*lines, sep="\n", flush=True)
 
 
 # ---------------------------------------------------------------- what is measured on the way
@@ -156,7 +200,8 @@ class Probe:
             self.sums.setdefault(name, []).append(value)
 
     def measure(self, step, model, criterion, x, z, embed_again):
-        """After step `step` on images x (B, ...), with embeddings z (B, D) before the weights moved."""
+        """After step `step` on this process's images x (b, ...), embedded as z (b, D) before the weights moved."""
+        (rank, world), b = ranks(), len(z)
         with untouched(model):
             drift = (embed_again(x) - z).norm(dim=1)                        # (B,) Eq. 5
             self.add(drift_mean=drift.mean().item(), drift_max=drift.max().item())
@@ -167,10 +212,9 @@ class Probe:
                 adapted = acbn.normalize(memory.stored_embeddings[slots])   # (B, D)
                 distance = [(fresh - old).norm(dim=1).mean().item() for old in (stored, adapted)]
                 self.add(staleness=[step - then, *distance])            # age in steps, as stored, as adapted
-            n = min(len(z), len(memory))
-            if n and (self.rows is None or (step + self.every - then + 1) * len(z) > memory.size):
-                slots = (memory.pointer - n + torch.arange(n, device=z.device)) % memory.size       # (n,)
-                self.rows = step, x[-n:], z[-n:], slots     # followed until the queue would overwrite them
+            if len(memory) and (not self.rows or (step + self.every - then + 1) * b * world > memory.size):
+                slots = memory.pointer - (world - rank) * b + torch.arange(b, device=z.device)      # (b,)
+                self.rows = step, x, z, slots % memory.size     # followed until the queue would overwrite them
 
     def take(self):
         """The epoch's means; staleness also by age, as a list of [age, as stored, as adapted]."""
@@ -188,6 +232,7 @@ def train_head(model, batches, sampler, args):
     """The new last layer alone, as the paper starts: plain supervised contrastive loss, SGD, rate 0.001."""
     criterion = acbn.CrossBatchLoss(args.dim, 1, "none", acbn.supcon_loss)
     criterion.to(args.device)
+    head, world = parallel(model.head, args.device), ranks()[1]
     optimizer = torch.optim.SGD(model.head.parameters(), lr=0.001)
     model.eval()                                      # the backbone's batch-norm statistics stay as they are
     for epoch in range(args.head_epochs):
@@ -196,12 +241,12 @@ def train_head(model, batches, sampler, args):
             with autocast(args.device, args.amp):
                 with torch.no_grad():
                     features = model.features(x.to(args.device))
-                z = model.head(features)
-            loss = criterion(z, y.to(args.device))
+                z = head(features)
+            loss = criterion(gather(z.float()), gather(y.to(args.device)))
             optimizer.zero_grad()
-            loss.backward()
+            (world * loss).backward()
             optimizer.step()
-        print(f"head epoch {epoch + 1}/{args.head_epochs}  loss {loss.item():.4f}", flush=True)
+        say(f"head epoch {epoch + 1}/{args.head_epochs}  loss {loss.item():.4f}")
     model.train()
 
 
@@ -222,6 +267,7 @@ def train_epoch(run, epoch):
     """One pass of N // B steps; returns the epoch's part of the log."""
     args, model, criterion, optimizer, scaler, probe = (
         run[k] for k in ("args", "model", "criterion", "optimizer", "scaler", "probe"))
+    world = ranks()[1]
     rate = args.lr * args.lr_decay ** sum(epoch > drop for drop in args.lr_drops)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -239,10 +285,10 @@ def train_epoch(run, epoch):
         x, y, ids = (t.to(args.device, non_blocking=True) for t in (x, y, ids))
         probe.active = step % probe.every == 0
         with autocast(args.device, args.amp):
-            z = model(x)                                    # (B, D)
-        loss = criterion(z, y, ids)
+            z = run["parallel"](x)                          # (b, D) this process's share of the batch
+        loss = criterion(gather(z.float()), gather(y), gather(ids))         # the same value in every process
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        scaler.scale(world * loss).backward()               # the processes' gradients are averaged: hence world
         scaler.step(optimizer)
         scaler.update()
         total += loss.detach()
@@ -256,9 +302,8 @@ def train_epoch(run, epoch):
                                      f"at a learning rate of {rate:g}; "
                                      "try a lower --lr, or --amp bf16 or off in place of fp16")
             left = ((args.epochs - epoch) * steps + steps - step) / speed
-            print(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  loss {loss.item():.4f}  "
-                  f"{speed * args.batch_size:.0f} images/s  "
-                  f"{left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+            say(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  loss {loss.item():.4f}  "
+                f"{speed * args.batch_size:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")
     gain = criterion.gain if criterion.filter_step else None
     return {"loss": total.item() / steps, "lr": rate, "gain": gain, "memory": len(criterion.memory),
             "images_per_second": round(steps * args.batch_size / (time.perf_counter() - start), 1),
@@ -278,14 +323,24 @@ def write(path, content):
 
 
 def save(run, epoch, is_best):
-    out, args = Path(run["args"].out), run["args"]
-    state = {"format": 1, "epoch": epoch, "settings": vars(args), "model": run["model"].state_dict()}
-    if is_best:
-        write(out / "best.pt", state)
-    state.update({name: run[name].state_dict() for name in ("optimizer", "scaler", "criterion")})
-    state.update(records=run["records"], rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
-    write(out / "checkpoint.pt", state)
-    write(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in run["records"]))
+    """Rank 0 writes; every process gives its random states."""
+    out, args, rng = Path(run["args"].out), run["args"], random_states()
+    if ranks()[0] == 0:
+        state = {"format": 1, "epoch": epoch, "settings": vars(args), "model": run["model"].state_dict()}
+        if is_best:
+            write(out / "best.pt", state)
+        state.update({name: run[name].state_dict() for name in ("optimizer", "scaler", "criterion")})
+        write(out / "checkpoint.pt", {**state, "records": run["records"], "rng": rng})
+        write(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in run["records"]))
+
+
+def random_states():
+    """The random states (CPU, GPU) of every process, in rank order."""
+    own = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    states = [own] * ranks()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(states, own)
+    return states
 
 
 def resume(run, path):
@@ -301,9 +356,13 @@ def resume(run, path):
     for name in ("model", "optimizer", "scaler", "criterion"):
         run[name].load_state_dict(state[name])
     run["records"] = state["records"]
-    torch.set_rng_state(state["rng"])
-    if len(state["cuda_rng"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    rank, world = ranks()
+    if len(state["rng"]) != world:
+        raise data.UserError(f"{path}: was made with {len(state['rng'])} processes, now there are {world}")
+    cpu, gpu = state["rng"][rank]
+    torch.set_rng_state(cpu)
+    if gpu is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(gpu)
     return state["epoch"]
 
 
@@ -316,7 +375,7 @@ def build(args):
     if args.val_fraction:
         splits, val = data.hold_out(splits, args.val_fraction)
     sampler = data.ClassBalancedSampler(splits.train.labels, args.batch_size, args.images_per_class,
-                                        args.seed)
+                                        args.seed, *ranks())
     rows = int(args.memory_ratio * len(splits.train.labels))
     if len(sampler) == 0:
         raise ValueError(f"--batch-size {args.batch_size} is more than "
@@ -330,6 +389,9 @@ def build(args):
     model = Encoder(args.backbone, args.dim)
     load_weights(model, args.backbone, args.weights)
     model.to(args.device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format)
+    if args.sync_bn and ranks()[1] > 1:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    torch.manual_seed(args.seed + ranks()[0])       # the same weights everywhere, but each its own dropout
     probe = Probe(max(1, min(50, len(sampler) // 6)), *LOSSES[args.loss])
     criterion = acbn.CrossBatchLoss(args.dim, rows if args.method != "none" else 1, args.method, probe,
                                     args.process_noise, args.measurement_noise, args.gain_interval,
@@ -337,6 +399,7 @@ def build(args):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
     return dict(args=args, splits=splits, val=val, sampler=sampler, batches=batches, model=model, probe=probe,
+                parallel=parallel(model, args.device),
                 criterion=criterion, optimizer=optimizer, scaler=scaler, records=[],
                 ks=usable_ks(data.DATASETS[args.dataset].ks, splits))
 
@@ -353,16 +416,16 @@ def raw_pixels(splits, args):
 def finish_epoch(run, epoch, record):
     """Evaluate, log, save; best.pt is the epoch best on the validation classes, or else on the test split."""
     start, args = time.perf_counter(), run["args"]
-    options = vars(args), args.device, args.workers
-    result = evaluate(run["model"], run["splits"], run["ks"], *options)
-    if run["val"]:
-        val = evaluate(run["model"], data.Splits(None, run["val"]), [1], *options)
-        result["val_recall@1"] = val["recall@1"]
-    seconds = round(time.perf_counter() - start, 1)
-    run["records"].append({"epoch": epoch, **record, **result, "eval_seconds": seconds})
-    print(f"epoch {epoch}/{args.epochs}  " + "  ".join(f"{k} {100 * v:.2f}" for k, v in result.items()),
-          flush=True)
-    save(run, epoch, is_best=best_record(run)["epoch"] == epoch)
+    if ranks()[0] == 0:
+        options = vars(args), args.device, args.workers
+        result = evaluate(run["model"], run["splits"], run["ks"], *options)
+        if run["val"]:
+            val = evaluate(run["model"], data.Splits(None, run["val"]), [1], *options)
+            result["val_recall@1"] = val["recall@1"]
+        seconds = round(time.perf_counter() - start, 1)
+        run["records"].append({"epoch": epoch, **record, **result, "eval_seconds": seconds})
+        say(f"epoch {epoch}/{args.epochs}  " + "  ".join(f"{k} {100 * v:.2f}" for k, v in result.items()))
+    save(run, epoch, is_best=ranks()[0] == 0 and best_record(run)["epoch"] == epoch)
 
 
 def best_record(run):
@@ -373,29 +436,34 @@ def best_record(run):
 def train(args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    join(args)
     try:
         run = build(args)
     except ValueError as error:             # flags that do not fit the data, or an unknown backbone
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    print(*data.describe(run["splits"]), json.dumps(vars(args)), sep="\n", flush=True)
+    say(*data.describe(run["splits"]), json.dumps(vars(args)))
     if args.epochs == 0:
-        print(f"Recall@1 of raw pixels: {100 * raw_pixels(run['splits'], args):.2f}")
+        say(f"Recall@1 of raw pixels: {100 * raw_pixels(run['splits'], args):.2f}")
     resumed = (out / "checkpoint.pt").exists()
     epoch = resume(run, out / "checkpoint.pt") if resumed else 0
-    write(out / "settings.json", json.dumps(vars(args), indent=1) + "\n")
+    if dist.is_initialized():
+        dist.barrier()                      # every process has looked before rank 0 writes
+    if ranks()[0] == 0:
+        write(out / "settings.json", json.dumps(vars(args), indent=1) + "\n")
     if resumed:
-        print(f"continuing {out} after epoch {epoch}", flush=True)
+        say(f"continuing {out} after epoch {epoch}")
     else:
         train_head(run["model"], run["batches"], run["sampler"], args)
         finish_epoch(run, 0, {})
     run["model"].train()
     for epoch in range(epoch + 1, args.epochs + 1):
         finish_epoch(run, epoch, train_epoch(run, epoch))
-    last, best = run["records"][-1], best_record(run)
-    print(f"Recall@1: last {100 * last['recall@1']:.2f} (epoch {last['epoch']}), best "
-          f"{100 * best['recall@1']:.2f} (epoch {best['epoch']}, chosen on "
-          f"{'held-out training classes' if run['val'] else 'the test split'})")
+    if ranks()[0] == 0:
+        last, best = run["records"][-1], best_record(run)
+        say(f"Recall@1: last {100 * last['recall@1']:.2f} (epoch {last['epoch']}), best "
+            f"{100 * best['recall@1']:.2f} (epoch {best['epoch']}, chosen on "
+            f"{'held-out training classes' if run['val'] else 'the test split'})")
     return run["records"]
 
 
