@@ -356,7 +356,7 @@ def open_image(item, size=None, cut=None, box=None):
 
     size: resize to size x size what `cut` takes of it, (width, height) -> (left, top, right, bottom). box
     (4,): the ground-truth box that stands for the image; clamped to it, and the whole image where it has no area.
-    JPEGs are decoded at a reduced scale where at least twice the wanted pixels remain.
+    JPEGs are decoded at 1/2, 1/4 or 1/8 of their scale where as many pixels as wanted remain.
     """
     try:
         with Image.fromarray(item) if isinstance(item, np.ndarray) else Image.open(item) as image:
@@ -367,14 +367,14 @@ def open_image(item, size=None, cut=None, box=None):
                 x0, y0, x1, y1 = clamp(box, width, height)
                 left, top, right, bottom = cut(x1 - x0, y1 - y0)
                 part = (x0 + left, y0 + top, x0 + right, y0 + bottom)       # in the file's pixels
-                least = 2 * size / min(right - left, bottom - top)          # of the file's resolution
-                image.draft(None, (math.ceil(width * least), math.ceil(height * least)))
+                least = size / min(right - left, bottom - top)              # of the file's resolution
+                drafted = image.draft(None, (math.ceil(width * least), math.ceil(height * least)))
+                sx, sy = (drafted[1][2] / width, drafted[1][3] / height) if drafted else (1, 1)
             if image.mode == "I" or image.mode.startswith("I;16"):          # convert() clips 16 bits to 8
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             image = image.convert("RGB")
             if size is None:
                 return image
-            sx, sy = image.width / width, image.height / height             # below 1 after a reduced decoding
             part = (part[0] * sx, part[1] * sy, min(part[2] * sx, image.width), min(part[3] * sy, image.height))
             return image.resize((size, size), Image.Resampling.BILINEAR, box=part)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
