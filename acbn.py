@@ -82,7 +82,7 @@ def match_moments(memory, mean, std, memory_mean=None, memory_std=None, out=None
 
 
 def moments_after_swap(mean, std, n, old, new):
-    """Moments of n rows whose rows `old` (B, D) became `new` (B, D), from those before, without the others."""
+    """Moments of n rows of which `old` (B, D) became `new` (B, D), from their moments before: (D,), (D,)."""
     shift = (new - old).sum(0) / n                                              # (D,)
     scatter = (new - mean).square().sum(0) - (old - mean).square().sum(0) - n * shift.square()      # (D,)
     return mean + shift, (std.square() + scatter / (n - 1)).clamp_min(0).sqrt()
@@ -370,7 +370,7 @@ class CrossBatchLoss(torch.nn.Module):
     def enqueue(self, z, y, ids):
         """Enqueue, and keep the memory's moments known: a pass over M rows costs a CPU 4 times the product.
 
-        They are computed anew, in adapt, once a round of the queue and while it fills, so errors do not add up.
+        Once a round of the queue, and while it fills, adapt computes them anew, so errors do not add up.
         """
         memory, n = self.memory, min(len(z), self.memory.size)
         self.known = self.known and len(memory) == memory.size and memory.pointer + n < memory.size
@@ -384,7 +384,7 @@ class CrossBatchLoss(torch.nn.Module):
         """Anchors z (B, D) against all rows of the memory; gradient flows through the anchors only."""
         rows = self.memory.embeddings                                           # (n, D)
         sim = z @ rows.T                                                        # (B, n)
-        if self.adapts:             # adapted rows have left the unit sphere; others are as they were enqueued
+        if self.adapts:            # adapted rows have left the unit sphere; others are as they were enqueued
             sim = sim.div_(rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny))
         return self.loss(sim, *pair_masks(y, self.memory.labels, slots))
 

@@ -109,7 +109,7 @@ def split(images, labels, boxes=None):
 
 
 def table(path, header=None, skip=0):
-    """(line number, words) of each row of a list file: two words, or as many as the header, line skip + 1."""
+    """(line number, words) of a list file's rows: as many as in the header, line skip + 1, or two."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -157,8 +157,8 @@ def vehicleid(root, test_list="small"):
 
 def inshop(root):
     """In-shop Clothes Retrieval: queries against the gallery alone; a class is a whole item_id."""
-    path = find(root, "inshop", *(deep + place + "list_eval_partition.txt" for place in ("Eval/", "Anno/", "")
-                                  for deep in ("In-shop Clothes Retrieval Benchmark/", "")))
+    path = find(root, "inshop", *(top + place + "list_eval_partition.txt" for place in ("Eval/", "Anno/", "")
+                                  for top in ("In-shop Clothes Retrieval Benchmark/", "")))
     top = path.parent.parent if path.parent.name in ("Eval", "Anno") else path.parent
     folders = [base / name for name in ("img", "img_highres") for base in (top / "Img", top)]
     images = next((f for f in folders if f.is_dir()), None)
@@ -167,12 +167,13 @@ def inshop(root):
     rows = {"train": ([], []), "query": ([], []), "gallery": ([], [])}
     for line, (name, item, status) in table(path, "image_name item_id evaluation_status", skip=1):
         if status not in rows or not item.startswith("id_") or not name.startswith("img/"):
-            raise UserError(f"{path}, line {line}: expected 'img/<path> id_<number> train, query or gallery', "
-                            f"found '{name[:80]} {item[:20]} {status[:20]}'")
+            raise UserError(f"{path}, line {line}: expected 'img/<path> id_<number> train, query or gallery'"
+                            f", found '{name[:80]} {item[:20]} {status[:20]}'")
         rows[status][0].append(str(images / name.removeprefix("img/")))
         rows[status][1].append(whole(item.removeprefix("id_"), path, line))
     with path.open(encoding="utf-8") as file:
-        said, found = whole(file.readline().strip(), path, 1), sum(len(labels) for _, labels in rows.values())
+        said = whole(file.readline().strip(), path, 1)
+    found = sum(len(labels) for _, labels in rows.values())
     if said != found:
         raise UserError(f"{path}, line 1: says {said} images, {found} rows follow")
     return Splits(*(split(*rows[name]) for name in ("train", "query", "gallery")))
@@ -267,7 +268,8 @@ DATASETS = {
     In-shop Clothes Retrieval Benchmark/Img/img/WOMEN/Dresses/id_00000002/02_1_front.jpg ...
         (or img/ without Img/, or img_highres/ in place of img/)"""),
     "df2": Row(df2, (1, 5, 10, 15, 20),
-               {"train": (217778, 31517), "query": (12377, 3128), "gallery": (36961, 7059)}, ("df2_labels",), """\
+               {"train": (217778, 31517), "query": (12377, 3128), "gallery": (36961, 7059)},
+               ("df2_labels",), """\
     train/annos/000001.json, train/image/000001.jpg ... (or nested once more, train/train/...)
     validation/annos/000001.json, validation/image/000001.jpg ..."""),
     "vehicleid": Row(vehicleid, (1, 5), {"train": (None, 13164)}, ("test_list",), """\
@@ -330,7 +332,7 @@ def describe(splits):
 
 
 def hold_out(splits, fraction, seed=0):
-    """Splits whose training classes give up a share of themselves, (splits, validation split); at least one."""
+    """(splits, validation split): a share of the training classes, at least one, is held out."""
     classes = splits.train.labels.unique()
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
     held = torch.isin(splits.train.labels, classes[order[:max(1, round(fraction * len(classes)))]])
@@ -340,7 +342,8 @@ def hold_out(splits, fraction, seed=0):
 def take(part, chosen):
     """The rows of a split where the mask (N,) is True."""
     images = part.images
-    images = [images[i] for i in chosen.nonzero()[:, 0].tolist()] if isinstance(images, list) else images[chosen]
+    index = chosen.nonzero()[:, 0]
+    images = [images[i] for i in index.tolist()] if isinstance(images, list) else images[index]
     return Split(images, part.labels[chosen], None if part.boxes is None else part.boxes[chosen])
 
 
@@ -355,7 +358,7 @@ def open_image(item, size=None, cut=None, box=None):
     """A path or a uint8 array (H, W, 3) -> PIL image in RGB, whatever the file's extension says it is.
 
     size: resize to size x size what `cut` takes of it, (width, height) -> (left, top, right, bottom). box
-    (4,): the ground-truth box that stands for the image; clamped to it, and the whole image where it has no area.
+    (4,): the ground-truth box that stands for the image, clamped to it; without an area, the whole image.
     JPEGs are decoded at 1/2, 1/4 or 1/8 of their scale where as many pixels as wanted remain.
     """
     try:
@@ -375,7 +378,8 @@ def open_image(item, size=None, cut=None, box=None):
             image = image.convert("RGB")
             if size is None:
                 return image
-            part = (part[0] * sx, part[1] * sy, min(part[2] * sx, image.width), min(part[3] * sy, image.height))
+            right, bottom = min(part[2] * sx, image.width), min(part[3] * sy, image.height)
+            part = (part[0] * sx, part[1] * sy, right, bottom)              # in the decoded pixels
             return image.resize((size, size), Image.Resampling.BILINEAR, box=part)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
@@ -429,9 +433,9 @@ def augmentation(recipe):
 class Images(torch.utils.data.Dataset):
     """(image (3, size, size) uint8, label, id) of each image of a split; the id is its index.
 
-    In training the image is augmented by the recipe; an index may then come with a seed, (index, seed), from
-    which alone everything random is drawn, whichever worker draws it and whatever was drawn before. Otherwise
-    the image is resized, or for "paper" the centre crop of a resize to 256/224 of the size.
+    In training the image is augmented by the recipe; an index may then come with a seed, (index, seed),
+    from which alone everything random is drawn, whichever worker draws it. Otherwise the image is resized,
+    or for "paper" the centre crop of a resize to 256/224 of the size.
     """
 
     def __init__(self, split, size, recipe, training=False):
@@ -541,8 +545,8 @@ def check(split):
 
 def add_flags(add, default=None):
     """The flags that say which data, for every script."""
-    add("--dataset", choices=DATASETS, default=default, help="its preset sets every 'preset' flag of train.py")
-    add("--root", default="data" if default else None, help="the folder that holds the unpacked archive (data)")
+    add("--dataset", choices=DATASETS, default=default, help="its preset sets train.py's 'preset' flags")
+    add("--root", default="data" if default else None, help="the folder with the unpacked archive (data)")
     add("--allow-partial", action="store_true", help="other than official counts are a warning")
     add("--test-list", choices=("small", "medium", "large"), default="small" if default else None,
         help="vehicleid: 800, 1600 or 2400 vehicles to test on (small)")

@@ -51,10 +51,10 @@ def positive_ranks(z, y, gallery_z=None, gallery_y=None, chunk=2 ** 26):
             sim.scatter_(1, rows[:, None], -torch.inf)
         positive = sim.gather(1, column).sort(1, descending=True).values     # (b, R_max) -inf: no such image
         sim.scatter_(1, column, -torch.inf)                                  # only negatives are left
-        ahead = torch.empty_like(sim)       # (b, G + 1) counted in float: a sum of booleans is ten times slower
+        ahead = torch.empty_like(sim)    # (b, G + 1) counted in float: a sum of booleans is ten times slower
         for i in slot.tolist():
-            torch.ge(sim, positive[:, i:i + 1], out=ahead)                      # a tie counts against the query
-            rank = ahead.sum(1).long() + i + 1                                  # (b,) negatives before, positives
+            torch.ge(sim, positive[:, i:i + 1], out=ahead)                   # a tie counts against the query
+            rank = ahead.sum(1).long() + i + 1                             # (b,) negatives before, positives
             ranks[rows, i] = rank.masked_fill(positive[:, i] == -torch.inf, 0)
     return ranks
 
@@ -213,7 +213,7 @@ def rebuild(path):
 # ---------------------------------------------------------------- results to look at
 
 def contact_sheet(query, gallery, z, gallery_z, show, nearest=7, side=96):
-    """PIL image: the `show` worst queries, worst first, each beside its nearest images and its first right one.
+    """PIL image: the `show` worst queries, worst first, with their nearest images and the first right one.
 
     query, gallery: splits, gallery None: the queries themselves; z (Q, D), gallery_z (G, D) or None: their
     embeddings. A right neighbour has a full frame and a tick, a wrong one a dashed frame and a cross.
@@ -235,7 +235,8 @@ def contact_sheet(query, gallery, z, gallery_z, show, nearest=7, side=96):
         top = 24 + r * (side + 34)
         tile(sheet, 0, top, side, query, q, f"class {y[q]}", None)
         for c, g in enumerate(near[r].tolist()):
-            tile(sheet, c + 1, top, side, gallery, g, f"#{c + 1}   {sim[r, g]:.3f}", bool(gallery_y[g] == y[q]))
+            right_one = bool(gallery_y[g] == y[q])
+            tile(sheet, c + 1, top, side, gallery, g, f"#{c + 1}   {sim[r, g]:.3f}", right_one)
         if first[q] > 0:
             g = int(right[r])
             tile(sheet, nearest + 1, top, side, gallery, g, f"#{first[q]}   {sim[r, g]:.3f}", True)

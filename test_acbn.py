@@ -552,7 +552,7 @@ def test_eq23_known_moments_stay_true_over_many_swaps_and_a_collapse(method):
     g, worst = torch.Generator().manual_seed(0), 0.0
     for k in range(2000):
         z = torch.randn(16, 8, generator=g) + torch.tensor([0, 5, -5, 3, 9, 0, 0, 1])   # means far from zero
-        z[:, 6] *= k < 500                                                              # collapses to constant
+        z[:, 6] *= k < 500                                                            # collapses to constant
         with torch.no_grad():
             criterion(z, torch.zeros(16, dtype=torch.int64))
         if criterion.known:
@@ -692,7 +692,7 @@ def test_sop_replica_is_read_and_counts_are_enforced(tmp_path, capsys):
 
 @pytest.mark.parametrize("edit, message", [
     (lambda t: t.replace("image_id", "id", 1), "Ebay_train.txt, line 1: expected 'image_id class_id"),
-    (lambda t: t.replace("2 1 1 ", "2 one 1 ", 1), "Ebay_train.txt, line 3: expected a whole number, found .one"),
+    (lambda t: t.replace("2 1 1 ", "2 one 1 ", 1), "Ebay_train.txt, line 3: expected a whole number"),
     (lambda t: t.replace("2 1 1 ", "2 1 ", 1), "Ebay_train.txt, line 3: expected 4 words"),
     (lambda t: "", "Ebay_train.txt, line 1"),
     (lambda t: t.splitlines()[0], "train split is empty"),
@@ -755,9 +755,11 @@ def make_df2(root, nest=False, edit=lambda anno: anno):
     for part in ("train", "validation"):
         base = root / part / part if nest else root / part
         for k in range(12):
+            box = [0, 0, 0, 0] if k == 0 else [-4, 2, 99, 30]
             item = {"category_id": 1 + k % 2, "style": k // 4 % 3, "bounding_box": [5, 5, 45, 35]}
-            other = {"category_id": 3, "style": 1, "bounding_box": [0, 0, 0, 0] if k == 0 else [-4, 2, 99, 30]}
-            anno = {"item2": other, "source": "user" if k % 3 else "shop", "pair_id": 1 + k // 6, "item1": item}
+            other = {"category_id": 3, "style": 1, "bounding_box": box}
+            source = "user" if k % 3 else "shop"
+            anno = {"item2": other, "source": source, "pair_id": 1 + k // 6, "item1": item}
             jpeg(base / "image" / f"{k + 1:06d}.jpg", k)
             (base / "annos").mkdir(exist_ok=True)
             (base / "annos" / f"{k + 1:06d}.json").write_text(json.dumps(edit(anno)))
@@ -784,7 +786,7 @@ def make_vehicleid(root, edit=lambda text: text):
 @pytest.mark.parametrize("images", ["Img/img", "img", "img_highres"])
 def test_inshop_replica_in_every_layout(tmp_path, place, images):
     make_inshop(tmp_path, place, images)
-    with pytest.raises(data.UserError, match="train split has 14 images of 4 classes, expected 25882 of 3997"):
+    with pytest.raises(data.UserError, match="has 14 images of 4 classes, expected 25882 of 3997"):
         data.load("inshop", tmp_path)
     splits = data.load("inshop", tmp_path, allow_partial=True)
     assert splits.train.labels.tolist() == [1] * 4 + [2] + [3] * 4 + [4] * 5
@@ -796,8 +798,8 @@ def test_inshop_replica_in_every_layout(tmp_path, place, images):
 @pytest.mark.parametrize("edit, message", [
     (lambda t: t.replace("30", "31", 1), "line 1: says 31 images, 30 rows follow"),
     (lambda t: t.replace("image_name", "name", 1), "line 2: expected 'image_name item_id"),
-    (lambda t: t.replace(" query ", " probe ", 1), r"line 17: expected 'img/<path> id_<number> train, query"),
-    (lambda t: t.replace("id_00000001 train", "id_x train", 1), "line 3: expected a whole number, found 'x'"),
+    (lambda t: t.replace(" query ", " probe ", 1), "line 17: expected 'img/<path> id_<number>"),
+    (lambda t: t.replace("id_00000001 train", "id_x train", 1), "line 3: expected a whole number"),
     (lambda t: t.replace("id_00000001 train", "train", 1), "line 3: expected 3 words"),
     (lambda t: "\xff" * 9, "line 2: expected")])
 def test_inshop_faults_name_file_and_line(tmp_path, edit, message):
@@ -833,15 +835,14 @@ def test_df2_replica_follows_the_paper_s_rules(tmp_path, nest, capsys):
     (lambda a: [a], "not a DeepFashion2 annotation")])
 def test_df2_faults_name_the_annotation(tmp_path, edit, message):
     make_df2(tmp_path, edit=edit)
-    with pytest.raises(data.UserError, match="000001.json: not a DeepFashion2 annotation.*" if "not a" not in message
-                       else "000001.json") as error:
+    with pytest.raises(data.UserError, match="000001.json: not a DeepFashion2 annotation") as error:
         data.load("df2", tmp_path, allow_partial=True)
     assert message in str(error.value)
 
 
 def test_vehicleid_replica_and_its_three_test_lists(tmp_path):
     make_vehicleid(tmp_path)
-    with pytest.raises(data.UserError, match="train split has 20 images of 5 classes, expected any number of 13164"):
+    with pytest.raises(data.UserError, match="has 20 images of 5 classes, expected any number of 13164"):
         data.load("vehicleid", tmp_path)
     for test_list, vehicles in (("small", 4), ("medium", 5), ("large", 6)):
         splits = data.load("vehicleid", tmp_path, allow_partial=True, test_list=test_list)
@@ -862,7 +863,8 @@ def test_scripts_train_and_evaluate_on_each_replica(tmp_path, name, capsys):
     flags = ["--dataset", name, "--root", str(tmp_path), "--allow-partial"]
     data.main([*flags, "--check"])
     assert "gallery" in capsys.readouterr().out
-    small = "--backbone conv4 --weights none --image-size 32 --dim 8 --batch-size 8 --epochs 1 --head-epochs 1"
+    small = ("--backbone conv4 --weights none --image-size 32 --dim 8 --batch-size 8 --epochs 1 "
+             "--head-epochs 1")
     records = train.main([*flags, *small.split(), "--memory-ratio", "1", "--device", "cpu", "--workers", "0",
                           "--val-fraction", "0.25", "--out", str(tmp_path / "run")])
     assert "held-out training classes" in capsys.readouterr().out and "val_recall@1" in records[-1]
@@ -876,7 +878,8 @@ def test_scripts_train_and_evaluate_on_each_replica(tmp_path, name, capsys):
 def test_held_out_classes_are_disjoint():
     splits = data.synthetic(classes=20, max_images=4)
     rest, val = data.hold_out(splits, 0.25)
-    assert len(val.labels.unique()) == 5 and len(rest.train.labels) + len(val.labels) == len(splits.train.labels)
+    assert len(val.labels.unique()) == 5
+    assert len(rest.train.labels) + len(val.labels) == len(splits.train.labels)
     assert not set(rest.train.labels.tolist()) & set(val.labels.tolist())
     assert rest.train.images.shape[0] == len(rest.train.labels)
 
@@ -1185,7 +1188,7 @@ DISTRIBUTED = [*TINY, "--backbone", "conv4-nobn", "--head-epochs", "1"]
 
 
 def one_of_two(rank, port, out):
-    """What a process does: for each method an epoch, a resumed second one, and its memory after each step."""
+    """What a process does: for each method an epoch, a resumed second one; keeps each step's memory."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -1217,8 +1220,8 @@ def test_two_processes_train_as_one(tmp_path):
         assert [r["loss"] for r in got[1:]] == pytest.approx([r["loss"] for r in expected[1:]], rel=1e-4)
         one, two = (torch.load(path / "checkpoint.pt", weights_only=True)
                     for path in (tmp_path / "one" / method, tmp_path / method))
-        # AdamW turns the rounding of a gradient near zero into a step of any sign, hence the mean; its running
-        # mean of the gradients shows their scale.
+        # AdamW makes a step of any sign of a rounded gradient near zero, hence the mean; its running mean of
+        # the gradients shows their scale.
         for name, weight in one["model"].items():
             assert (two["model"][name] - weight).abs().mean() < 1e-6
         for a, b in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values()):
@@ -1282,7 +1285,8 @@ def test_plot_draws_runs_or_says_what_is_missing(tmp_path, monkeypatch):
         evaluation.main(["--plot", str(tmp_path / "run")])
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
-    evaluation.main(["--plot", str(tmp_path / "run"), str(tmp_path / "run"), "--out", str(tmp_path / "p.png")])
+    run = str(tmp_path / "run")
+    evaluation.main(["--plot", run, run, "--out", str(tmp_path / "p.png")])
     assert Image.open(tmp_path / "p.png").size == (1000, 560)
     with pytest.raises(SystemExit, match="cannot be read as the log of a run"):
         evaluation.main(["--plot", str(tmp_path)])
@@ -1300,6 +1304,8 @@ def test_readme_commands_are_accepted_by_the_scripts():
     seen = set()
     for command in (part.strip() for line in lines for part in re.split("&&", line)):
         words = shlex.split(command, comments=True)
+        if words[:1] == ["torchrun"]:
+            words = ["python", *words[2:]]
         if words[:1] == ["python"] and words[1] in parsers:
             parsers[words[1]](words[2:])
             seen.add(words[1])
@@ -1319,7 +1325,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
         exec(block, {})
 
 
-# ---------------------------------------------------------------- python test_acbn.py: what is too long for a test
+# ---------------------------------------------------------------- python test_acbn.py: too long for a test
 
 def rehearsal(root):
     """Writes 120,053 drawn JPEGs of 32 x 32 in the exact layout and counts of Stanford Online Products."""
@@ -1377,8 +1383,10 @@ def bench_step(B=64, M=30000, D=512):
         steps[f"CrossBatchLoss, {method}"] = ours(criterion)
     try:
         from pytorch_metric_learning import losses, miners
-        peer = losses.CrossBatchMemory(losses.MultiSimilarityLoss(2, 50, 0.5), D, M, miners.MultiSimilarityMiner(0.1))
-        peer.embedding_memory, peer.label_memory, peer.has_been_filled = stored.clone(), stored_y.clone(), True
+        peer = losses.CrossBatchMemory(losses.MultiSimilarityLoss(2, 50, 0.5), D, M,
+                                       miners.MultiSimilarityMiner(0.1))
+        peer.embedding_memory, peer.label_memory = stored.clone(), stored_y.clone()
+        peer.has_been_filled = True
         steps["pytorch-metric-learning, xbm"] = ours(peer)
     except ImportError:
         print("pytorch-metric-learning: not installed")
@@ -1401,19 +1409,21 @@ def bench_recall(N=60502, D=512):
 
 
 def bench_loader(n=48, side=1000):
-    """Images a second of one core, JPEGs of side x side to 224 x 224: decoded whole, and as Images does it."""
+    """Images a second of one core, large JPEGs to 224 x 224: decoded whole, and as Images does it."""
     import tempfile
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
         wave = np.add.outer(np.sin(np.arange(side) / 40), np.cos(np.arange(side) / 30)) * 50 + 128
         for k in range(n):
             noise = np.random.default_rng(k).normal(0, 12, (side, side, 3))
-            Image.fromarray((wave[..., None] + noise).clip(0, 255).astype(np.uint8)).save(f"{root}/{k}.jpg", quality=90)
+            pixels = (wave[..., None] + noise).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(f"{root}/{k}.jpg", quality=90)
         part = data.Split([f"{root}/{k}.jpg" for k in range(n)], torch.zeros(n, dtype=torch.int64))
         rows = []
         for training in (True, False):
             images = data.Images(part, 224, "paper", training)
-            shape = v2.RandomResizedCrop(224) if training else v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
+            shape = (v2.RandomResizedCrop(224) if training else
+                     v2.Compose([v2.Resize(256), v2.CenterCrop(224)]))
             whole, reduced = median_seconds(
                 lambda: [images.transform(shape(Image.open(p).convert("RGB"))) for p in part.images],
                 lambda: [images[i] for i in range(n)], runs=3)
@@ -1429,4 +1439,4 @@ if __name__ == "__main__":
         rehearsal(sys.argv[2])
     else:
         sys.exit("usage: python test_acbn.py bench step|recall|loader    prints a table\n"
-                 "       python test_acbn.py rehearsal DIR               writes a stand-in for SOP at its full size")
+                 "       python test_acbn.py rehearsal DIR               writes a stand-in for all of SOP")

@@ -56,7 +56,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("data").add_argument
     data.add_flags(g, "synthetic")
     g("--val-fraction", type=float, default=0.0,
-      help="share of the training classes held out; the best epoch is then chosen on them (0: on the test split)")
+      help="share of training classes held out to choose the best epoch on (0: the test split)")
     g("--image-size", type=int, help="pixels a side (preset)")
     g("--augment", choices=("paper", "light", "none"), help="training transform (preset)")
     g("--workers", type=int,
@@ -152,7 +152,7 @@ def gather(t):
 
 
 def parallel(module, device):
-    """The module with its gradients averaged over the processes; the module itself if there is one process."""
+    """The module with its gradients averaged over the processes; with one process, the module itself."""
     if ranks()[1] == 1:
         return module
     return DistributedDataParallel(module, [device] if device.startswith("cuda") else None)
@@ -200,7 +200,7 @@ class Probe:
             self.sums.setdefault(name, []).append(value)
 
     def measure(self, step, model, criterion, x, z, embed_again):
-        """After step `step` on this process's images x (b, ...), embedded as z (b, D) before the weights moved."""
+        """After step `step` on this process's images x (b, ...), z (b, D) before the weights moved."""
         (rank, world), b = ranks(), len(z)
         with untouched(model):
             drift = (embed_again(x) - z).norm(dim=1)                        # (B,) Eq. 5
@@ -214,7 +214,7 @@ class Probe:
                 self.add(staleness=[step - then, *distance])            # age in steps, as stored, as adapted
             if len(memory) and (not self.rows or (step + self.every - then + 1) * b * world > memory.size):
                 slots = memory.pointer - (world - rank) * b + torch.arange(b, device=z.device)      # (b,)
-                self.rows = step, x, z, slots % memory.size     # followed until the queue would overwrite them
+                self.rows = step, x, z, slots % memory.size   # followed until the queue would overwrite them
 
     def take(self):
         """The epoch's means; staleness also by age, as a list of [age, as stored, as adapted]."""
@@ -288,7 +288,7 @@ def train_epoch(run, epoch):
             z = run["parallel"](x)                          # (b, D) this process's share of the batch
         loss = criterion(gather(z.float()), gather(y), gather(ids))         # the same value in every process
         optimizer.zero_grad()
-        scaler.scale(world * loss).backward()               # the processes' gradients are averaged: hence world
+        scaler.scale(world * loss).backward()            # the processes' gradients are averaged: hence world
         scaler.step(optimizer)
         scaler.update()
         total += loss.detach()
@@ -398,8 +398,8 @@ def build(args):
                                     args.momentum, args.warmup_steps).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
-    return dict(args=args, splits=splits, val=val, sampler=sampler, batches=batches, model=model, probe=probe,
-                parallel=parallel(model, args.device),
+    return dict(args=args, splits=splits, val=val, sampler=sampler, batches=batches, probe=probe,
+                model=model, parallel=parallel(model, args.device),
                 criterion=criterion, optimizer=optimizer, scaler=scaler, records=[],
                 ks=usable_ks(data.DATASETS[args.dataset].ks, splits))
 
@@ -414,7 +414,7 @@ def raw_pixels(splits, args):
 
 
 def finish_epoch(run, epoch, record):
-    """Evaluate, log, save; best.pt is the epoch best on the validation classes, or else on the test split."""
+    """Evaluate, log, save; best.pt is the epoch best on the held-out classes, or else on the test split."""
     start, args = time.perf_counter(), run["args"]
     if ranks()[0] == 0:
         options = vars(args), args.device, args.workers
