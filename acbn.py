@@ -237,9 +237,13 @@ def contrastive_loss(sim, positive, negative, margin=0.5):
 class CrossBatchMemory(torch.nn.Module):
     """A first-in-first-out queue of the last `size` embeddings with their labels and image ids.
 
-    `embeddings` (n, dim), `labels` (n,) and `ids` (n,) are views of the n = len(memory) rows in slot order:
-    writing to them writes to the memory. `pointer` is the next slot to be written, so rolling by -pointer
-    gives the rows from the oldest to the newest. Labels and ids are any int64; ids not given are -1.
+    `embeddings` (n, dim), `labels` (n,) and `ids` (n,) are views of the n = len(memory) rows in slot order,
+    to be read: who writes to embeddings sets `known` to False. `pointer` is the next slot to be written, so
+    rolling by -pointer gives the rows from the oldest to the newest. Ids not given are -1.
+
+    The moments of the rows are known from the last adaptation and the few rows enqueued since, instead of by
+    a pass over all of them, which costs a CPU four times the loss's matrix products. Once a round of the
+    queue, and while it fills, they are computed anew, so that errors do not add up.
     """
 
     def __init__(self, size, dim):
@@ -247,9 +251,12 @@ class CrossBatchMemory(torch.nn.Module):
         if size < 1 or dim < 1:
             raise ValueError(f"size and dim of the memory must be at least 1, got size={size}, dim={dim}")
         self.size, self.pointer, self.count = size, 0, 0  # host integers: reading them never waits for a GPU
+        self.known = False                                # True: `mean` and `std` are those of the rows
         self.register_buffer("stored_embeddings", torch.zeros(size, dim))
         self.register_buffer("stored_labels", torch.zeros(size, dtype=torch.int64))
         self.register_buffer("stored_ids", torch.full((size,), -1))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.zeros(dim))
 
     embeddings = property(lambda self: self.stored_embeddings[:self.count])     # (n, dim)
     labels = property(lambda self: self.stored_labels[:self.count])             # (n,)
@@ -267,20 +274,39 @@ class CrossBatchMemory(torch.nn.Module):
         n = min(len(z), self.size)                             # of a larger batch only the last rows survive
         ids = torch.full_like(y, -1) if ids is None else ids
         slots = (self.pointer + torch.arange(n, device=z.device)) % self.size               # (n,)
+        self.known = self.known and self.count == self.size and self.pointer + n < self.size
+        if self.known:
+            old = self.embeddings[self.pointer:self.pointer + n]                            # (n, dim)
+            self.know(*moments_after_swap(self.mean, self.std, self.size, old, z.to(old.dtype)))
         for stored, new in ((self.stored_embeddings, z), (self.stored_labels, y), (self.stored_ids, ids)):
             stored.index_copy_(0, slots, new[len(new) - n:].to(stored.dtype))               # in place
         self.pointer, self.count = (self.pointer + n) % self.size, min(self.count + n, self.size)
         return slots
 
+    @torch.no_grad()
+    def match(self, mean, std):
+        """Shift and scale all rows in place until their moments are mean and std (dim,), Eqs. 6 and 23."""
+        if self.count < 2:
+            return                                              # one row has no deviation
+        if not self.known:
+            self.know(*moments(self.embeddings))
+        A, b = affine_drift(self.mean, self.std, mean, std)                                 # (dim,), (dim,)
+        torch.addcmul(b, self.embeddings, A, out=self.embeddings)                         # Alg. 1, lines 6-9
+        self.know(mean, A * self.std)
+
+    def know(self, mean, std):
+        self.mean.copy_(mean), self.std.copy_(std)
+        self.known = True
+
     def reset(self):
         """Forget every row."""
-        self.pointer = self.count = 0
+        self.pointer, self.count, self.known = 0, 0, False
 
     def get_extra_state(self):
-        return {"pointer": self.pointer, "count": self.count}
+        return {"pointer": self.pointer, "count": self.count, "known": self.known}
 
     def set_extra_state(self, state):
-        self.pointer, self.count = state["pointer"], state["count"]
+        self.pointer, self.count, self.known = state["pointer"], state["count"], state["known"]
 
 
 class CrossBatchLoss(torch.nn.Module):
@@ -314,15 +340,12 @@ class CrossBatchLoss(torch.nn.Module):
         self.memory = CrossBatchMemory(size, dim)
         self.register_buffer("mean", torch.zeros(dim))                          # mu^, (D,)
         self.register_buffer("std", torch.zeros(dim))                           # s^, (D,)
-        self.register_buffer("memory_mean", torch.zeros(dim))                   # (D,) known without a pass
-        self.register_buffer("memory_std", torch.zeros(dim))                    # (D,) over the memory
         self.reset()
 
     def reset(self):
         """Forget the memory, the filter and the warm-up."""
         self.memory.reset()
         self.step, self.filter_step, self.p, self.gain = 0, 0, 1.0, 1.0         # p0 = 1 (Sec. 5.1)
-        self.known = False          # whether memory_mean and memory_std are the memory's present moments
 
     def forward(self, z, y, ids=None):
         """Embeddings z (B, D), raw or normalised, labels y (B,), image ids (B,) or None -> scalar loss."""
@@ -338,7 +361,7 @@ class CrossBatchLoss(torch.nn.Module):
             if self.adapts:
                 self.adapt(z.detach())
             # The adapted memory stays in store: it is one step behind the network, not many (Sec. 3.1).
-            slots = self.enqueue(z.detach(), y, ids)            # (min(B, M),)
+            slots = self.memory.enqueue(z.detach(), y, ids)     # (min(B, M),)
             loss = self.loss_against_memory(z, y, slots)
             return loss + self.loss_within_batch(z, y) if self.method == "xbm+batch" else loss
 
@@ -358,27 +381,7 @@ class CrossBatchLoss(torch.nn.Module):
             mean, std = torch.lerp(self.mean, mean, self.gain), torch.lerp(self.std, std, self.gain)
         self.mean.copy_(mean), self.std.copy_(std)
         self.filter_step += 1
-        if len(self.memory) > 1:
-            rows = self.memory.embeddings                                       # (n, D)
-            own = (self.memory_mean, self.memory_std) if self.known else moments(rows)
-            A, b = affine_drift(*own, self.mean, self.std)                      # (D,), (D,)
-            torch.addcmul(b, rows, A, out=rows)                                 # Alg. 1, lines 6-9
-            self.memory_mean.copy_(self.mean), self.memory_std.copy_(A * own[1])
-            self.known = True
-
-    @torch.no_grad()
-    def enqueue(self, z, y, ids):
-        """Enqueue, and keep the memory's moments known: a pass over M rows costs a CPU 4 times the product.
-
-        Once a round of the queue, and while it fills, adapt computes them anew, so errors do not add up.
-        """
-        memory, n = self.memory, min(len(z), self.memory.size)
-        self.known = self.known and len(memory) == memory.size and memory.pointer + n < memory.size
-        if self.known:
-            old = memory.embeddings[memory.pointer:memory.pointer + n]          # (n, D) about to leave
-            mean, std = moments_after_swap(self.memory_mean, self.memory_std, memory.size, old, z)
-            self.memory_mean.copy_(mean), self.memory_std.copy_(std)
-        return memory.enqueue(z, y, ids)
+        self.memory.match(self.mean, self.std)                                  # Alg. 1, lines 6-9
 
     def loss_against_memory(self, z, y, slots):
         """Anchors z (B, D) against all rows of the memory; gradient flows through the anchors only."""
@@ -394,8 +397,8 @@ class CrossBatchLoss(torch.nn.Module):
         return self.loss(z @ z.T, *pair_masks(y, y, own))
 
     def get_extra_state(self):
-        return {name: getattr(self, name) for name in ("step", "filter_step", "p", "gain", "known")}
+        return {"step": self.step, "filter_step": self.filter_step, "p": self.p, "gain": self.gain}
 
     def set_extra_state(self, state):
-        for name, value in state.items():
-            setattr(self, name, value)
+        self.step, self.filter_step, self.p, self.gain = (
+            state[name] for name in ("step", "filter_step", "p", "gain"))

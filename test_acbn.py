@@ -555,9 +555,9 @@ def test_eq23_known_moments_stay_true_over_many_swaps_and_a_collapse(method):
         z[:, 6] *= k < 500                                                            # collapses to constant
         with torch.no_grad():
             criterion(z, torch.zeros(16, dtype=torch.int64))
-        if criterion.known:
+        if criterion.memory.known:
             true = criterion.memory.embeddings.double()
-            for known, exact in ((criterion.memory_mean, true.mean(0)), (criterion.memory_std, true.std(0))):
+            for known, exact in ((criterion.memory.mean, true.mean(0)), (criterion.memory.std, true.std(0))):
                 worst = max(worst, (known - exact).abs().max().item())
     assert 0 < worst < 1e-5
 
