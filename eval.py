@@ -148,10 +148,11 @@ def load_file(path):
     """A file of plain data written by torch.save, on the CPU."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # torn bytes make the unpickler raise anything
-        reason = ("no such file" if isinstance(error, FileNotFoundError)
-                  else f"{type(error).__name__}: {error}")
-        raise data.UserError(f"{path}: cannot be read as a checkpoint ({reason.splitlines()[0]})") from None
+    except OSError as error:
+        raise data.UserError(f"{path}: cannot be read as a checkpoint ({error.strerror or error})") from None
+    except Exception as error:      # torn or foreign bytes make the unpickler raise anything
+        raise data.UserError(f"{path}: cannot be read as a checkpoint, it is torn or no file of torch.save "
+                             f"({type(error).__name__})") from None
 
 
 # ---------------------------------------------------------------- evaluation

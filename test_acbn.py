@@ -1157,7 +1157,7 @@ def test_train_weights_from_a_file_or_a_clear_sentence(tmp_path, monkeypatch):
     assert torch.equal(encoder.backbone.conv1.weight, source.conv1.weight)
     with pytest.raises(data.UserError, match="not a state_dict of resnet34"):
         evaluation.load_weights(evaluation.Encoder("resnet34", 8), "resnet34", str(tmp_path / "weights.pt"))
-    with pytest.raises(data.UserError, match="nothing.pt: cannot be read .*no such file"):
+    with pytest.raises(data.UserError, match="nothing.pt: cannot be read .*No such file"):
         evaluation.load_weights(encoder, "resnet18", str(tmp_path / "nothing.pt"))
 
     def offline(*args, **kwargs):
@@ -1171,7 +1171,8 @@ def test_train_weights_from_a_file_or_a_clear_sentence(tmp_path, monkeypatch):
     ("--batch-size 18", "not a multiple of --images-per-class 4"),
     ("--batch-size 128", "needs 32 classes, the training split has 24"),
     ("--memory-ratio 0.01", "makes a memory of 0 rows"),
-    ("--lr -1", "must be above 0"), ("--epochs -1", "must be at least 0"), ("--dim 0", "must be at least 1"),
+    ("--lr -1", "--lr must be above 0"), ("--lr nan", "finite, got nan"),
+    ("--epochs -1", "must be at least 0"), ("--dim 0", "must be at least 1"),
     ("--momentum 1", r"\[0, 1\)"), ("--process-noise 0 --measurement-noise 0", "cannot both be 0"),
     ("--amp fp16", "needs a GPU"), ("--backbone resnet19", "resnet19"), ("--method moco", "invalid choice"),
     ("--meth axbn", "unrecognized"), ("--epochs two", "invalid int")])

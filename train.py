@@ -106,8 +106,11 @@ def parse_args(argv=None):
                  "measurement_noise", "seed"):
         if not getattr(args, name) >= 0:
             p.error(f"--{name.replace('_', '-')} must be at least 0, got {getattr(args, name)}")
-    if not (args.lr > 0 and args.lr_decay > 0 and args.memory_ratio > 0 and args.max_images >= 3):
-        p.error("--lr, --lr-decay and --memory-ratio must be above 0, --max-images at least 3")
+    for name in ("lr", "lr_decay", "memory_ratio"):
+        if not 0 < getattr(args, name) < math.inf:
+            p.error(f"--{name.replace('_', '-')} must be above 0 and finite, got {getattr(args, name)}")
+    if args.max_images < 3:
+        p.error(f"--max-images must be at least 3, got {args.max_images}")
     if not 0 <= args.val_fraction < 1:
         p.error(f"--val-fraction must be in [0, 1), got {args.val_fraction}")
     if args.batch_size % args.images_per_class:
@@ -435,7 +438,6 @@ def best_record(run):
 
 def train(args):
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     join(args)
     try:
         run = build(args)
@@ -445,6 +447,7 @@ def train(args):
     say(*data.describe(run["splits"]), json.dumps(vars(args)))
     if args.epochs == 0:
         say(f"Recall@1 of raw pixels: {100 * raw_pixels(run['splits'], args):.2f}")
+    out.mkdir(parents=True, exist_ok=True)
     resumed = (out / "checkpoint.pt").exists()
     epoch = resume(run, out / "checkpoint.pt") if resumed else 0
     if dist.is_initialized():
@@ -471,7 +474,7 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         return train(args)
-    except data.UserError as error:
+    except (data.UserError, OSError) as error:
         sys.exit(f"train.py: {data.sentence(error)}")
     except KeyboardInterrupt:
         print(f"train.py: stopped; the same command continues after the last whole epoch of {args.out}",
