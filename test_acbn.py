@@ -782,6 +782,12 @@ def make_vehicleid(root, edit=lambda text: text):
     return root
 
 
+def make_folder(root):
+    """Six classes of four images, a folder each."""
+    for k in range(24):
+        jpeg(root / f"class{k // 4}" / f"{k}.jpg", k)
+
+
 @pytest.mark.parametrize("place", ["Eval", "Anno", "."])
 @pytest.mark.parametrize("images", ["Img/img", "img", "img_highres"])
 def test_inshop_replica_in_every_layout(tmp_path, place, images):
@@ -857,10 +863,12 @@ def test_loaders_of_a_wrong_root_show_the_expected_tree(tmp_path, name):
     assert data.DATASETS[name].tree in str(error.value) and str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["inshop", "df2", "vehicleid"])
-def test_scripts_train_and_evaluate_on_each_replica(tmp_path, name, capsys):
-    {"inshop": make_inshop, "df2": make_df2, "vehicleid": make_vehicleid}[name](tmp_path)
-    flags = ["--dataset", name, "--root", str(tmp_path), "--allow-partial"]
+@pytest.mark.parametrize("name, make", [("inshop", make_inshop), ("df2", make_df2),
+                                        ("vehicleid", make_vehicleid), ("folder", make_folder)])
+def test_scripts_train_and_evaluate_on_each_replica(tmp_path, name, make, capsys):
+    (tmp_path / "data").mkdir()
+    make(tmp_path / "data")
+    flags = ["--dataset", name, "--root", str(tmp_path / "data"), "--allow-partial"]
     data.main([*flags, "--check"])
     assert "gallery" in capsys.readouterr().out
     small = ("--backbone conv4 --weights none --image-size 32 --dim 8 --batch-size 8 --epochs 1 "
@@ -1185,7 +1193,8 @@ def test_train_refuses_wrong_flags_before_any_work(tmp_path, capsys, flags, mess
 
 # Two gloo processes with half the batch each, against one process with the whole batch.
 
-DISTRIBUTED = [*TINY, "--backbone", "conv4-nobn", "--head-epochs", "1"]
+# A small rate: AdamW makes a step of any sign of a rounded gradient near zero, which would add up.
+DISTRIBUTED = [*TINY, *"--backbone conv4-nobn --head-epochs 1 --lr 1e-5".split()]
 
 
 def one_of_two(rank, port, out):
@@ -1221,12 +1230,10 @@ def test_two_processes_train_as_one(tmp_path):
         assert [r["loss"] for r in got[1:]] == pytest.approx([r["loss"] for r in expected[1:]], rel=1e-4)
         one, two = (torch.load(path / "checkpoint.pt", weights_only=True)
                     for path in (tmp_path / "one" / method, tmp_path / method))
-        # AdamW makes a step of any sign of a rounded gradient near zero, hence the mean; its running mean of
-        # the gradients shows their scale.
         for name, weight in one["model"].items():
             assert (two["model"][name] - weight).abs().mean() < 1e-6
         for a, b in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values()):
-            assert (a["exp_avg"] - b["exp_avg"]).norm() <= 2e-3 * a["exp_avg"].norm()
+            assert (a["exp_avg"] - b["exp_avg"]).norm() <= 1e-3 * a["exp_avg"].norm()      # of the gradients
         mine, other = (torch.load(tmp_path / f"{method}-{rank}.pt", weights_only=True) for rank in (0, 1))
         assert len(mine) == len(other) and all(torch.equal(a, b) for a, b in zip(mine, other))
         assert (method == "none") == (len(mine) == 0)
