@@ -725,11 +725,19 @@ def test_folder_in_both_layouts(tmp_path):
             data.load("folder", wrong)
 
 
-def jpeg(path, seed=0, size=(60, 40), **options):
-    """One small image file of noise."""
+def jpeg(path, seed=0, size=(60, 40)):
+    """One small image file of noise; by the seed an odd one: grey, CMYK, turned, or no JPEG at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, **options)
+    image = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6 if seed % 7 == 5 else 1                                # 6: turn by 90 degrees
+    kind, mode = {1: ("JPEG", "L"), 2: ("JPEG", "CMYK"), 3: ("GIF", "P"), 4: ("PNG", "P")}.get(
+        seed % 7, ("JPEG", "RGB"))
+    image = image.convert(mode)
+    if seed % 7 == 6:
+        kind, image = "PNG", Image.fromarray(np.asarray(image)[..., 0].astype(np.uint16) * 257)     # 16 bits
+    image.save(path, format=kind, exif=exif)
 
 
 def make_inshop(root, place="Eval", images="Img/img", edit=lambda text: text):
@@ -881,6 +889,32 @@ def test_scripts_train_and_evaluate_on_each_replica(tmp_path, name, make, capsys
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["recall@1"] == pytest.approx(records[-1]["recall@1"])
     assert Image.open(tmp_path / "sheet.png").size[1] == 24 + 3 * (96 + 34)
+
+
+@pytest.mark.parametrize("name, make", [("sop", make_sop), ("inshop", make_inshop), ("df2", make_df2),
+                                        ("vehicleid", make_vehicleid), ("folder", make_folder)])
+def test_check_names_missing_and_truncated_images_of_each_replica(tmp_path, name, make, capsys):
+    make(tmp_path)
+    files = sorted(p for p in tmp_path.rglob("*") if p.suffix.lower() == ".jpg")
+    gone, cut = files[0], files[3]
+    cut.write_bytes(cut.read_bytes()[:-300])
+    if name != "folder":        # a folder has what it has
+        gone.unlink()
+    splits = data.load(name, tmp_path, allow_partial=True)
+    with pytest.raises(SystemExit, match=f"{1 if name == 'folder' else 2} images of .* cannot be read"):
+        data.main(["--dataset", name, "--root", str(tmp_path), "--allow-partial", "--check"])
+    out = capsys.readouterr().out
+    assert f"{cut}: cannot be read as an image" in out and (name == "folder") != (f"{gone}: " in out)
+    with pytest.raises(data.UserError, match=f"{cut.name}: cannot be read as an image"):
+        data.Images(splits.train, 16, "none")[splits.train.images.index(str(cut))]
+
+
+@pytest.mark.parametrize("name, make", [("inshop", make_inshop), ("vehicleid", make_vehicleid)])
+def test_loaders_read_windows_line_ends(tmp_path, name, make):
+    make(tmp_path / "unix"), make(tmp_path / "windows", edit=lambda t: t.replace("\n", "\r\n"))
+    unix, windows = (data.load(name, tmp_path / end, allow_partial=True) for end in ("unix", "windows"))
+    assert all(torch.equal(a.labels, b.labels) for a, b in zip(unix, windows) if a)
+    assert [Path(p).name for p in unix.query.images] == [Path(p).name for p in windows.query.images]
 
 
 def test_held_out_classes_are_disjoint():
