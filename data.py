@@ -254,28 +254,29 @@ class Row(NamedTuple):
     ks: tuple               # the K of Recall@K
     counts: dict            # official (images, classes) of each split, None: unknown; {}: any number goes
     options: tuple = ()     # flags that its function takes
+    sure: bool = True       # False: the numbers of classes have one source that could not be checked
     tree: str = "    (nothing: drawn from a seed)"      # what lies under --root
 
 
 DATASETS = {
     "synthetic": Row(synthetic, (1, 10, 100, 1000), {}, ("classes", "max_images", "image_size")),
-    "sop": Row(sop, (1, 10, 100, 1000), {"train": (59551, 11318), "query": (60502, 11316)}, (), """\
+    "sop": Row(sop, (1, 10, 100, 1000), {"train": (59551, 11318), "query": (60502, 11316)}, tree="""\
     Stanford_Online_Products/Ebay_train.txt and Ebay_test.txt
     Stanford_Online_Products/bicycle_final/111085122871_0.JPG ... (12 folders *_final)"""),
     "inshop": Row(inshop, (1, 10, 20, 30, 40, 50),
-                  {"train": (25882, 3997), "query": (14218, 3985), "gallery": (12612, 3985)}, (), """\
+                  {"train": (25882, 3997), "query": (14218, 3985), "gallery": (12612, 3985)}, tree="""\
     In-shop Clothes Retrieval Benchmark/Eval/list_eval_partition.txt (or in Anno/, or beside the images)
     In-shop Clothes Retrieval Benchmark/Img/img/WOMEN/Dresses/id_00000002/02_1_front.jpg ...
         (or img/ without Img/, or img_highres/ in place of img/)"""),
     "df2": Row(df2, (1, 5, 10, 15, 20),
                {"train": (217778, 31517), "query": (12377, 3128), "gallery": (36961, 7059)},
-               ("df2_labels",), """\
+               ("df2_labels",), sure=False, tree="""\
     train/annos/000001.json, train/image/000001.jpg ... (or nested once more, train/train/...)
     validation/annos/000001.json, validation/image/000001.jpg ..."""),
-    "vehicleid": Row(vehicleid, (1, 5), {"train": (None, 13164)}, ("test_list",), """\
+    "vehicleid": Row(vehicleid, (1, 5), {"train": (None, 13164)}, ("test_list",), tree="""\
     VehicleID_V1.0/train_test_split/train_list.txt, test_list_800.txt, test_list_1600.txt, test_list_2400.txt
     VehicleID_V1.0/image/0000001.jpg ..."""),
-    "folder": Row(folder, (1, 2, 4, 8), {}, (), """\
+    "folder": Row(folder, (1, 2, 4, 8), {}, tree="""\
     train/<class>/*.jpg and test/<class>/*.jpg
     or <class>/*.jpg (the first half of the sorted classes trains, the rest tests)"""),
 }
@@ -294,12 +295,10 @@ def load(name, root="data", allow_partial=False, **options):
         expected = row.counts.get(part, (None, None))
         text = (f"{name} in {root}: the {part} split has {images} images of {classes} classes, expected "
                 f"{expected[0] or 'any number'} of {expected[1] or 'any number'}")
-        # DeepFashion2's class counts come from one source that could not be checked; its image counts did.
-        if expected[0] not in (None, images) or expected[1] not in (None, classes) and name != "df2":
-            if not allow_partial:
-                raise UserError(text + "; --allow-partial uses it all the same")
-            print(f"warning: {text}", file=sys.stderr)
-        elif expected[1] not in (None, classes):
+        other_images, other_classes = expected[0] not in (None, images), expected[1] not in (None, classes)
+        if (other_images or other_classes and row.sure) and not allow_partial:
+            raise UserError(text + "; --allow-partial uses it all the same")
+        if other_images or other_classes:
             print(f"warning: {text}", file=sys.stderr)
     shared = set(splits.train.labels.tolist()) & set(splits.query.labels.tolist())
     if row.counts and shared:

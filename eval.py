@@ -135,6 +135,8 @@ def load_weights(encoder, backbone, weights):
                                  "--weights FILE, a state_dict saved elsewhere, or --weights none") from None
     else:
         state = load_file(weights)
+        if not isinstance(state, dict):
+            raise data.UserError(f"{weights}: not a state_dict of {backbone} but a {type(state).__name__}")
         state = {k.removeprefix("backbone."): v for k, v in state.get("model", state).items()}
     own = encoder.backbone.state_dict()
     missing = [k for k in own if k not in state or state[k].shape != own[k].shape]
@@ -183,11 +185,15 @@ def scores(query, gallery, ks):
     return {**recall, "map@r": map_from_ranks(ranks)}
 
 
+def embed_test(model, splits, settings, device="cpu", workers=0):
+    """[(z, y) of the queries, (z, y) of the gallery]; (None, None) where the queries are the gallery."""
+    return [embed(model, part, settings, device, workers) if part else (None, None)
+            for part in (splits.query, splits.gallery)]
+
+
 def evaluate(model, splits, ks, settings, device="cpu", workers=0):
     """The scores of the query split, searched in the gallery or in itself."""
-    pairs = [embed(model, part, settings, device, workers) if part else (None, None)
-             for part in (splits.query, splits.gallery)]
-    return scores(*pairs, ks)
+    return scores(*embed_test(model, splits, settings, device, workers), ks)
 
 
 def usable_ks(ks, splits):
@@ -331,8 +337,7 @@ def run(args):
     splits = data.load_for(settings, settings["allow_partial"])
     ks = usable_ks(data.DATASETS[settings["dataset"]].ks, splits)
     model.to(args.device)
-    query, gallery = (embed(model, part, settings, args.device, args.workers) if part else (None, None)
-                      for part in (splits.query, splits.gallery))
+    query, gallery = embed_test(model, splits, settings, args.device, args.workers)
     result = scores(query, gallery, ks)
     if args.show:
         out = args.out or Path("sheet.png")

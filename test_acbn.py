@@ -1183,6 +1183,16 @@ def test_train_takes_any_torchvision_backbone(backbone):
     assert not torch.equal(before, run["model"].head.weight)
 
 
+def test_raw_pixels_are_compared_about_grey_in_the_gallery_too():
+    y = torch.arange(6).repeat_interleave(2)
+    query, gallery = (np.random.default_rng(k).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+                      for k in (0, 1))
+    splits = data.Splits(None, data.Split(query, y), data.Split(gallery, y))
+    flat = [torch.tensor(x).permute(0, 3, 1, 2).flatten(1).double() - 127.5 for x in (query, gallery)]
+    expected, _ = brute_force(flat[0], y, [1], flat[1], y)
+    assert train.raw_pixels(splits, train.parse_args(TINY)) == pytest.approx(expected[1])
+
+
 def test_train_schedule_and_losses(tmp_path):
     records = tiny(tmp_path, "--epochs", "3", "--lr-drops", "1", "2", "--lr-decay", "0.5",
                    "--loss", "contrastive")

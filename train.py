@@ -24,8 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import acbn
 import data
-from eval import Encoder, autocast, embed, evaluate, load_file, load_weights, positive_ranks
-from eval import recall_from_ranks, usable_ks
+from eval import Encoder, autocast, embed_test, evaluate, load_file, load_weights, recall_at_k, usable_ks
 
 # ---------------------------------------------------------------- settings
 
@@ -410,10 +409,10 @@ def build(args):
 def raw_pixels(splits, args):
     """Recall@1 of the test images' pixels at 32 x 32, as a floor."""
     settings = dict(image_size=32, augment="none", amp="off")
-    z, y = embed(torch.nn.Flatten(), splits.query, settings, workers=args.workers)
-    gallery = (embed(torch.nn.Flatten(), splits.gallery, settings, workers=args.workers)
-               if splits.gallery else ())
-    return recall_from_ranks(positive_ranks(z - 127.5, y, *gallery), [1])[1]
+    (z, y), (gallery_z, gallery_y) = embed_test(torch.nn.Flatten(), splits, settings, workers=args.workers)
+    grey = 127.5                # cosines of pixels are about mid-grey, in the gallery as in the queries
+    gallery_z = None if gallery_z is None else gallery_z - grey
+    return recall_at_k(z - grey, y, [1], gallery_z, gallery_y)[1]
 
 
 def finish_epoch(run, epoch, record):
