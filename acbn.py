@@ -83,8 +83,9 @@ def match_moments(memory, mean, std, memory_mean=None, memory_std=None, out=None
 
 def moments_after_swap(mean, std, n, old, new):
     """Moments of n rows of which `old` (B, D) became `new` (B, D), from their moments before: (D,), (D,)."""
-    shift = (new - old).sum(0) / n                                              # (D,)
-    scatter = (new - mean).square().sum(0) - (old - mean).square().sum(0) - n * shift.square()      # (D,)
+    change = new - old                                                          # (B, D)
+    shift = change.sum(0) / n                                                   # (D,)
+    scatter = (change * (new + old - 2 * mean)).sum(0) - n * shift.square()     # (D,) added to (n - 1) std^2
     return mean + shift, (std.square() + scatter / (n - 1)).clamp_min(0).sqrt()
 
 
@@ -137,16 +138,21 @@ def pair_masks(y, reference_y, own=None):
 
 
 class GivenGradient(torch.autograd.Function):
-    """A scalar whose gradient with respect to sim (B, N) was computed along with it."""
+    """A scalar whose gradient with respect to x was computed along with it.
+
+    once: the backward pass may use up the gradient; torch then refuses a second pass.
+    """
 
     @staticmethod
-    def forward(ctx, sim, value, gradient):
+    def forward(ctx, x, value, gradient, once=False):
         ctx.save_for_backward(gradient)
+        ctx.once = once
         return value.clone()
 
     @staticmethod
     def backward(ctx, g):
-        return g * ctx.saved_tensors[0], None, None
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(g) if ctx.once else gradient * g, None, None, None
 
 
 def multi_similarity_pairs(sim, positive, negative, margin=0.1):
@@ -158,46 +164,62 @@ def multi_similarity_pairs(sim, positive, negative, margin=0.1):
     return positive & (sim < greatest_n + margin), negative & (sim > least_p - margin)
 
 
-def log1p_sum_exp(sim, mask, slope, base, top):
-    """v = log(1 + sum of mask * exp(x)), x = slope (sim - base), and its gradient by x: (B, 1), (B, N).
-
-    mask (B, N): 1.0 or 0.0; top (B, 1): max(0, the greatest x), so that nothing overflows. No pairs give 0.
+def log1p_sum(e, top):
+    """log(1 + sum of exp(x)) over a row, from e = exp(x - top) (B, N), 0 for what is no pair; top (B, 1):
+    max(0, the greatest x). Returns it (B, 1), and the factor (B, 1) that makes e its gradient by x.
     """
-    top = top * mask.amax(1, keepdim=True)
-    e = torch.add(-(slope * base + top), sim, alpha=slope).clamp_max_(0).exp_().mul_(mask)      # (B, N)
-    v = torch.log1p(e.sum(1, keepdim=True) + torch.expm1(-top))                 # (B, 1) less top
-    return v + top, e.mul_(torch.exp(-v))
+    total = e.sum(1, keepdim=True)                                              # (B, 1)
+    v, none = torch.log1p(total + torch.expm1(-top)), total == 0                # (B, 1) less top, (B, 1)
+    return (v + top).masked_fill(none, 0), torch.exp(-v).masked_fill(none, 0)
 
 
-def multi_similarity_weights(sim, positive, negative, alpha=2.0, beta=50.0, base=0.5, margin=0.1):
-    """Each anchor's MS loss of its mined pairs (B, 1), and its gradient by sim, the pairs' weights (B, N).
+@torch.no_grad()
+def multi_similarity_weights_(sim, positive, negative, alpha, beta, base, margin):
+    """The MS loss, a scalar; sim (B, N) becomes its gradient, the weights of the mined pairs.
 
-    Masks are 1.0 and 0.0, made in place: on a CPU several times faster than booleans.
+    weight = exp(x) / (1 + sum of exp(x)) / B over an anchor's mined pairs, with x = beta (s_n - base) for its
+    negatives and, with a minus, x = -alpha (s_p - base) for its positives. Made for speed on a CPU: in place,
+    a few anchors at a time, whose rows stay in the cache; masks only for the few columns that are not
+    negative throughout; comparisons that give floats, a third of the time of booleans; exponents with a lower
+    bound, since exp takes fifty times as long where it underflows.
     """
-    s_p = torch.where(positive, sim, torch.inf)                 # (B, N) +inf: not a positive
-    s_n = torch.where(negative, sim, -torch.inf)                # (B, N) -inf: not a negative
-    least_p, greatest_n = s_p.amin(1, keepdim=True), s_n.amax(1, keepdim=True)      # (B, 1), (B, 1)
-    hard_p = torch.lt(s_p, greatest_n + margin, out=s_p)        # (B, N) 1.0: mined
-    hard_n = torch.gt(s_n, least_p - margin, out=s_n)           # (B, N) 1.0: mined
-    v_p, w_p = log1p_sum_exp(sim, hard_p, -alpha, base, (alpha * (base - least_p)).clamp_min(0))
-    v_n, w_n = log1p_sum_exp(sim, hard_n, beta, base, (beta * (greatest_n - base)).clamp_min(0))
-    return v_p / alpha + v_n / beta, w_n.sub_(w_p)
+    on_cpu = sim.device.type == "cpu" and not torch.compiler.is_compiling()
+    some = (negative.view(torch.uint8).amin(0) == 0).nonzero()[:, 0] if on_cpu else slice(None)     # (n,)
+    near = sim[:, some]                                                         # (B, n)
+    s_p = torch.where(positive[:, some], near, torch.inf)                       # (B, n) +inf: not a positive
+    least_p = F.pad(s_p, (0, 1), value=torch.inf).amin(1, keepdim=True)         # (B, 1) n may be 0: hence pad
+    sim[:, some] = torch.where(negative[:, some], near, -1e30)                  # (B, N) -1e30: no negative
+    greatest_n = sim.amax(1, keepdim=True)                                      # (B, 1) -1e30: no negative
+    top, v_n = (beta * (greatest_n - base)).clamp_min(0), torch.empty_like(greatest_n)              # (B, 1)
+    rows = max(1, 2 ** 18 // sim.shape[1]) if on_cpu else len(sim)
+    scratch = torch.empty_like(sim[:rows])                                      # (b, N)
+    for x, bound, t, v in zip(*(each.split(rows) for each in (sim, least_p - margin, top, v_n))):
+        mined = torch.gt(x, bound, out=scratch[:len(x)])                        # (b, N) 1.0: mined
+        e = x.mul_(beta).sub_(beta * base + t).clamp_min_(-80).exp_().mul_(mined)                   # (b, N)
+        value, factor = log1p_sum(e, t)                                         # (b, 1), (b, 1)
+        v.copy_(value), e.mul_(factor / len(sim))
+    top = (alpha * (base - least_p)).clamp_min(0)                               # (B, 1)
+    e = torch.add(alpha * base - top, s_p, alpha=-alpha).exp_()                 # (B, n)
+    e.mul_(torch.lt(s_p, greatest_n + margin, out=s_p))                         # (B, n) 0: not mined
+    v_p, factor = log1p_sum(e, top)                                             # (B, 1), (B, 1)
+    sim[:, some] -= e.mul_(factor / len(sim))
+    return (v_p / alpha + v_n / beta).mean()
 
 
 def multi_similarity_loss(sim, positive, negative, alpha=2.0, beta=50.0, base=0.5, margin=0.1):
     """Multi-similarity loss (Wang et al., CVPR 2019) of multi_similarity_pairs, 0 for none; mean over B.
 
-    Value and gradient come from multi_similarity_weights instead of autograd, on a CPU for a few rows at a
-    time, which stay in its cache: a third of the time of the plain formula.
+    Its gradient, the weights of the pairs, is computed along with it, in a fraction of the time of autograd.
     """
-    sim = at_least_float32(sim)
-    with torch.no_grad():
-        gradient, values = torch.empty_like(sim), sim.new_empty(len(sim), 1)
-        rows = max(1, 2 ** 18 // sim.shape[1]) if sim.device.type == "cpu" else len(sim)
-        for v, g, *part in zip(*(t.split(rows) for t in (values, gradient, sim, positive, negative))):
-            value, weights = multi_similarity_weights(*part, alpha, beta, base, margin)
-            v.copy_(value), torch.div(weights, len(sim), out=g)
-    return GivenGradient.apply(sim, values.mean(), gradient)
+    gradient = at_least_float32(sim).detach().clone()                           # (B, N)
+    value = multi_similarity_weights_(gradient, positive, negative, alpha, beta, base, margin)
+    return GivenGradient.apply(sim, value, gradient)
+
+
+def multi_similarity_loss_(sim, positive, negative, alpha=2.0, beta=50.0, base=0.5, margin=0.1):
+    """The same, in place: sim (B, N), at least float32, is lost to its gradient. Saves (B, N) of memory."""
+    value = multi_similarity_weights_(sim, positive, negative, alpha, beta, base, margin)
+    return GivenGradient.apply(sim, value, sim.detach(), sim.is_leaf)   # a leaf has nothing before it
 
 
 def pair_margin(sim, positive, negative, pos_margin=0.2, neg_margin=0.8):
@@ -253,12 +275,14 @@ class CrossBatchMemory(torch.nn.Module):
         self.size, self.pointer, self.count = size, 0, 0  # host integers: reading them never waits for a GPU
         self.known = False                                # True: `mean` and `std` are those of the rows
         self.register_buffer("stored_embeddings", torch.zeros(size, dim))
+        self.register_buffer("stored_norms", torch.zeros(size))
         self.register_buffer("stored_labels", torch.zeros(size, dtype=torch.int64))
         self.register_buffer("stored_ids", torch.full((size,), -1))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.zeros(dim))
 
     embeddings = property(lambda self: self.stored_embeddings[:self.count])     # (n, dim)
+    norms = property(lambda self: self.stored_norms[:self.count])               # (n,) adapted rows are not 1
     labels = property(lambda self: self.stored_labels[:self.count])             # (n,)
     ids = property(lambda self: self.stored_ids[:self.count])                   # (n,)
 
@@ -278,7 +302,8 @@ class CrossBatchMemory(torch.nn.Module):
         if self.known:
             old = self.embeddings[self.pointer:self.pointer + n]                            # (n, dim)
             self.know(*moments_after_swap(self.mean, self.std, self.size, old, z.to(old.dtype)))
-        for stored, new in ((self.stored_embeddings, z), (self.stored_labels, y), (self.stored_ids, ids)):
+        for stored, new in ((self.stored_embeddings, z), (self.stored_norms, z.norm(dim=1)),
+                            (self.stored_labels, y), (self.stored_ids, ids)):
             stored.index_copy_(0, slots, new[len(new) - n:].to(stored.dtype))               # in place
         self.pointer, self.count = (self.pointer + n) % self.size, min(self.count + n, self.size)
         return slots
@@ -291,7 +316,10 @@ class CrossBatchMemory(torch.nn.Module):
         if not self.known:
             self.know(*moments(self.embeddings))
         A, b = affine_drift(self.mean, self.std, mean, std)                                 # (dim,), (dim,)
-        torch.addcmul(b, self.embeddings, A, out=self.embeddings)                         # Alg. 1, lines 6-9
+        rows = 1024 if b.device.type == "cpu" else self.count   # few enough to be in the cache for the norm
+        for z, norm in zip(self.embeddings.split(rows), self.norms.split(rows)):
+            torch.addcmul(b, z, A, out=z)                                                 # Alg. 1, lines 6-9
+            torch.linalg.vector_norm(z, dim=1, out=norm)
         self.know(mean, A * self.std)
 
     def know(self, mean, std):
@@ -322,7 +350,7 @@ class CrossBatchLoss(torch.nn.Module):
     The state_dict holds everything that the next step depends on; `gain` is the last gain used.
     """
 
-    def __init__(self, dim, size, method="axbn", loss=multi_similarity_loss, process_noise=1.0,
+    def __init__(self, dim, size, method="axbn", loss=multi_similarity_loss_, process_noise=1.0,
                  measurement_noise=0.01, gain_interval=100, momentum=0.1, warmup_steps=0):
         super().__init__()
         if method not in METHODS:
@@ -384,12 +412,21 @@ class CrossBatchLoss(torch.nn.Module):
         self.memory.match(self.mean, self.std)                                  # Alg. 1, lines 6-9
 
     def loss_against_memory(self, z, y, slots):
-        """Anchors z (B, D) against all rows of the memory; gradient flows through the anchors only."""
-        rows = self.memory.embeddings                                           # (n, D)
-        sim = z @ rows.T                                                        # (B, n)
+        """Anchors z (B, D) against all rows of the memory; gradient flows through the anchors only.
+
+        It is computed here already, so that no (B, n) tensor waits for the network's backward pass.
+        """
+        memory, masks = self.memory, pair_masks(y, self.memory.labels, slots)
+        norms = memory.norms.clamp_min(torch.finfo(z.dtype).tiny)               # (n,) a row may be zero
+        sim = z.detach() @ memory.embeddings.T                                  # (B, n)
         if self.adapts:            # adapted rows have left the unit sphere; others are as they were enqueued
-            sim = sim.div_(rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny))
-        return self.loss(sim, *pair_masks(y, self.memory.labels, slots))
+            sim.div_(norms)
+        with torch.enable_grad():
+            loss = self.loss(sim.requires_grad_(), *masks)
+            (weights,) = torch.autograd.grad(loss, sim)                         # (B, n) of the pairs
+        if self.adapts:
+            weights = weights.contiguous().div_(norms)
+        return GivenGradient.apply(z, loss.detach(), weights @ memory.embeddings)           # () and (B, D)
 
     def loss_within_batch(self, z, y):
         """Anchors z (B, D) against the batch itself; gradient flows through both sides."""

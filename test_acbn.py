@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -489,12 +490,13 @@ def test_losses_without_pairs_are_a_zero_that_keeps_a_finite_graph(loss, missing
         assert value == 0 and (grad == 0).all()
 
 
-def test_losses_log1p_sum_exp_neither_overflows_nor_gives_nan():
-    x, mask = torch.tensor([[5.0, 7], [1e4, -1e4], [-1e4, 3], [-20, 3]]), torch.ones(4, 2)
-    mask[0], mask[2:, 1] = 0, 0
-    v, weight = acbn.log1p_sum_exp(x, mask, 1.0, 0.0, torch.tensor([[7.0], [1e4], [0], [0]]))
-    torch.testing.assert_close(v, torch.tensor([[0.0], [1e4], [0], [math.exp(-20)]]))
-    torch.testing.assert_close(weight, torch.tensor([[0.0, 0], [1, 0], [0, 0], [math.exp(-20), 0]]))
+def test_losses_log1p_sum_neither_overflows_nor_gives_nan():
+    x = torch.tensor([[-torch.inf, -torch.inf], [1e4, -1e4], [-torch.inf, 3], [-20, -torch.inf]])
+    top = torch.tensor([[7.0], [1e4], [3], [0]])            # the first row: a top, but no pair that is mined
+    v, factor = acbn.log1p_sum((x - top).exp(), top)
+    torch.testing.assert_close(v[:, 0], torch.tensor([0, 1e4, math.log1p(math.exp(3)), math.exp(-20)]))
+    weights = (x - top).exp() * factor
+    torch.testing.assert_close(weights, x.exp().div(1 + x.exp().sum(1, keepdim=True)).nan_to_num(1.0))
     sim, positive, negative = case(dtype=torch.float32)
     steep = acbn.multi_similarity_loss(sim.requires_grad_(), positive, negative, alpha=300.0, beta=900.0)
     assert torch.isfinite(steep) and torch.isfinite(torch.autograd.grad(steep, sim)[0]).all()
@@ -517,6 +519,52 @@ def test_losses_ms_weights_equal_autograd_through_the_plain_form():
         torch.testing.assert_close(ours, plain, rtol=tolerance, atol=0)
         grads = [torch.autograd.grad(3 * v, sim)[0] for v in (ours, plain)]
         assert (grads[0] - grads[1]).abs().max() <= tolerance * grads[1].abs().max()
+
+
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+def test_losses_ms_in_place_is_the_same_and_gives_sim_for_the_gradient(path, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: path == "dense")    # as on a GPU
+    for classes, seed in ((3, 0), (40, 1), (1, 2), (500, 3)):       # 1: no negatives, 500: hardly a positive
+        sim, positive, negative = case(B=9, N=300, classes=classes, seed=seed)
+        expected = torch.autograd.grad(plain_ms(leaf := sim.clone().requires_grad_(), positive, negative),
+                                       leaf)[0]
+        storage = sim.clone().requires_grad_()
+        value = acbn.multi_similarity_loss_(storage, positive, negative)
+        torch.testing.assert_close(value, plain_ms(sim, positive, negative), rtol=1e-12, atol=1e-14)
+        (gradient,) = torch.autograd.grad(value, storage, retain_graph=True)
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
+        assert gradient.data_ptr() == storage.data_ptr()
+        with pytest.raises(RuntimeError, match="inplace"):          # used up, and not silently wrong
+            torch.autograd.grad(value, storage)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_take_more_than_one_backward_pass(method):
+    criterion, y = CrossBatchLoss(5, 20, method, warmup_steps=1), torch.arange(8) // 2
+    for k in range(3):
+        z = rows(8, 5, k, torch.float32).requires_grad_()
+        loss = criterion(z, y)
+        first, second = (torch.autograd.grad(2 * loss, z, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second) and first.norm() > 0
+
+
+def peak_bytes(function):
+    """The most bytes that a call holds on the CPU, beyond what was there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+        function()
+    events = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events()
+                    if e.name() == "[memory]")
+    return int(np.cumsum([n for _, n in events]).max())
+
+
+@pytest.mark.parametrize("method", ["xbm", "xbm+batch", "axbn"])
+def test_memory_step_holds_few_bytes_an_entry(method):
+    """Similarities, their gradient (4 bytes each) and at most 12 more."""
+    B, M = 64, 8000
+    criterion = CrossBatchLoss(16, M, method)
+    criterion.memory.enqueue(rows(M, 16, dtype=torch.float32), torch.arange(M) // 5)
+    z = rows(B, 16, 1, torch.float32).requires_grad_()
+    assert 4 * B * M < peak_bytes(lambda: criterion(z, torch.arange(B) // 4).backward()) < 20 * B * M
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -544,6 +592,23 @@ def test_pure_functions_compile_as_one_graph(name):
     for got, expected in zip(compiled(*args), getattr(acbn, name)(*args)) if isinstance(
             getattr(acbn, name)(*args), tuple) else [(compiled(*args), getattr(acbn, name)(*args))]:
         torch.testing.assert_close(got, expected)
+
+
+def test_memory_knows_the_norms_of_its_rows():
+    memory, g = CrossBatchMemory(3000, 4), torch.Generator().manual_seed(0)
+    for k in range(40):
+        memory.match(torch.rand(4, generator=g), torch.rand(4, generator=g))
+        memory.enqueue(torch.randn(200, 4, generator=g), torch.zeros(200, dtype=torch.int64))
+        torch.testing.assert_close(memory.norms, memory.embeddings.norm(dim=1))
+
+
+def test_memory_rows_of_zero_give_finite_losses():
+    criterion, y = CrossBatchLoss(4, 16, "xbn"), torch.arange(8) // 2
+    for scale in (0, 0, 1):
+        z = (scale * rows(8, 4, dtype=torch.float32)).requires_grad_()
+        loss = criterion(z, y)
+        loss.backward()
+        assert torch.isfinite(loss) and torch.isfinite(z.grad).all()
 
 
 @pytest.mark.parametrize("method", ["xbn", "axbn"])
@@ -576,7 +641,8 @@ class NoHostSync(TorchDispatchMode):
 
 @pytest.mark.parametrize("loss", [*LOSSES, train.LOSSES["supcon"][0]])
 @pytest.mark.parametrize("method", METHODS)
-def test_losses_and_memory_never_synchronise_with_the_host(method, loss):
+def test_losses_and_memory_never_synchronise_with_the_host(method, loss, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)       # the way a GPU's tensors take
     criterion = CrossBatchLoss(5, 20, method, loss)
     with NoHostSync():
         run(criterion, 4)
@@ -1403,15 +1469,18 @@ def rehearsal(root):
         (base / name).write_text("\n".join(lines) + "\n")
 
 
-def median_seconds(*functions, runs=7):
-    """The median time of each function, run in turns so that a machine's moods hit all alike."""
-    times = [[] for _ in functions]
-    for turn in range(runs + 2):
-        for function, own in zip(functions, times):
+def race(*functions, runs=15):
+    """[(median seconds, median of the ratios to the first)] of functions that are run in turns, so that a
+    machine's moods hit all alike."""
+    times = []
+    for _ in range(runs + 2):
+        times.append([])
+        for function in functions:
             start = time.perf_counter()
             function()
-            own.append(time.perf_counter() - start)
-    return [sorted(own[2:])[runs // 2] for own in times]
+            times[-1].append(time.perf_counter() - start)
+    times = torch.tensor(times[2:], dtype=torch.float64)                        # (runs, functions)
+    return list(zip(times.median(0).values.tolist(), (times / times[:, :1]).median(0).values.tolist()))
 
 
 def table(*lines):
@@ -1423,25 +1492,25 @@ def bench_step(B=64, M=30000, D=512):
     """One loss step, forward and backward, beside the matrix products that it cannot do without."""
     torch.manual_seed(0)
     z, stored = torch.randn(B, D), acbn.normalize(torch.randn(M, D))
-    y, stored_y = torch.randint(M // 5, (B // 4,)).repeat_interleave(4), torch.randint(M // 5, (M,))
-    weight, steps = torch.randn(B, M), {}
+    stored_y, weight, steps = torch.randint(M // 5, (M,)), torch.randn(B, M), {}
 
     def product():
         (z.clone().requires_grad_() @ stored.T).backward(weight)
 
-    def ours(criterion):
-        return lambda: criterion(z.clone().requires_grad_(), y).backward()
+    def ours(criterion):        # other labels each time, or the memory fills with the positives of one batch
+        y = torch.randint(M // 5, (B // 4,)).repeat_interleave(4)
+        criterion(z.clone().requires_grad_(), y).backward()
     for method in ("xbm", "xbn", "axbn"):
         criterion = CrossBatchLoss(D, M, method)
         criterion.memory.enqueue(stored, stored_y)
-        steps[f"CrossBatchLoss, {method}"] = ours(criterion)
+        steps[f"CrossBatchLoss, {method}"] = partial(ours, criterion)
     try:
         from pytorch_metric_learning import losses, miners
         peer = losses.CrossBatchMemory(losses.MultiSimilarityLoss(2, 50, 0.5), D, M,
                                        miners.MultiSimilarityMiner(0.1))
         peer.embedding_memory, peer.label_memory = stored.clone(), stored_y.clone()
         peer.has_been_filled = True
-        steps["pytorch-metric-learning, xbm"] = ours(peer)
+        steps["pytorch-metric-learning, xbm"] = partial(ours, peer)
     except ImportError:
         print("pytorch-metric-learning: not installed")
     base, *rest = median_seconds(product, *steps.values())

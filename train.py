@@ -41,7 +41,7 @@ PRESETS = {"synthetic": SMALL, "sop": PAPER, "inshop": PAPER, "vehicleid": PAPER
 
 # name: (the loss of the mined pairs, the mining that the log counts)
 LOSSES = {
-    "ms": (acbn.multi_similarity_loss, acbn.multi_similarity_pairs),
+    "ms": (acbn.multi_similarity_loss_, acbn.multi_similarity_pairs),
     "supcon": (lambda s, p, n: acbn.supcon_loss(s, *acbn.pair_margin(s, p, n)), acbn.pair_margin),
     "contrastive": (acbn.contrastive_loss, lambda s, p, n: (p, n & (s > 0.5))),
 }
