@@ -177,17 +177,17 @@ def log1p_sum(e, top):
 def multi_similarity_weights_(sim, positive, negative, alpha, beta, base, margin):
     """The MS loss, a scalar; sim (B, N) becomes its gradient, the weights of the mined pairs.
 
-    weight = exp(x) / (1 + sum of exp(x)) / B over an anchor's mined pairs, with x = beta (s_n - base) for its
-    negatives and, with a minus, x = -alpha (s_p - base) for its positives. Made for speed on a CPU: in place,
-    a few anchors at a time, whose rows stay in the cache; masks only for the few columns that are not
-    negative throughout; comparisons that give floats, a third of the time of booleans; exponents with a lower
-    bound, since exp takes fifty times as long where it underflows.
+    weight = exp(x) / (1 + sum of exp(x)) / B over an anchor's mined pairs, x = beta (s_n - base) for its
+    negatives and, with a minus, x = -alpha (s_p - base) for its positives. Made for speed on a CPU: in
+    place, a few anchors at a time, whose rows stay in the cache; masks only for the few columns that are not
+    negative throughout; comparisons that give floats, a third of the time of booleans; exponents with a
+    lower bound, since exp takes fifty times as long where it underflows.
     """
     on_cpu = sim.device.type == "cpu" and not torch.compiler.is_compiling()
     some = (negative.view(torch.uint8).amin(0) == 0).nonzero()[:, 0] if on_cpu else slice(None)     # (n,)
     near = sim[:, some]                                                         # (B, n)
     s_p = torch.where(positive[:, some], near, torch.inf)                       # (B, n) +inf: not a positive
-    least_p = F.pad(s_p, (0, 1), value=torch.inf).amin(1, keepdim=True)         # (B, 1) n may be 0: hence pad
+    least_p = F.pad(s_p, (0, 1), value=torch.inf).amin(1, keepdim=True)        # (B, 1) n may be 0: hence pad
     sim[:, some] = torch.where(negative[:, some], near, -1e30)                  # (B, N) -1e30: no negative
     greatest_n = sim.amax(1, keepdim=True)                                      # (B, 1) -1e30: no negative
     top, v_n = (beta * (greatest_n - base)).clamp_min(0), torch.empty_like(greatest_n)              # (B, 1)

@@ -542,6 +542,17 @@ def check(split):
         return [text for text in pool.map(complaint, unique) if text]
 
 
+def number(kind, low, above=False, below=math.inf):
+    """An argparse type: an int or a float from `low` on, or only above it, and below `below`."""
+    def number(text):
+        value = kind(text)
+        if not (low < value if above else low <= value) or not value < below:
+            limits = f"{'above' if above else 'at least'} {low}" + f" and below {below}" * (below < math.inf)
+            raise argparse.ArgumentTypeError(f"must be {limits} and finite, got {text}")
+        return value
+    return number
+
+
 def add_flags(add, default=None):
     """The flags that say which data, for every script."""
     add("--dataset", choices=DATASETS, default=default, help="its preset sets train.py's 'preset' flags")
@@ -551,9 +562,9 @@ def add_flags(add, default=None):
         help="vehicleid: 800, 1600 or 2400 vehicles to test on (small)")
     add("--df2-labels", choices=("paper", "official"), default="paper" if default else None,
         help="df2: a class is (pair, category, style), or officially (pair, style) (paper)")
-    add("--classes", type=int, default=1000 if default else None,
+    add("--classes", type=number(int, 1), default=1000 if default else None,
         help="synthetic: classes to train on, and as many to test on (1000)")
-    add("--max-images", type=int, default=8 if default else None,
+    add("--max-images", type=number(int, 3), default=8 if default else None,
         help="synthetic: 3 to this many images a class (8)")
 
 
@@ -569,7 +580,8 @@ def main(argv=None):
     try:
         splits = load_for({**vars(args), "image_size": 32}, args.allow_partial)
     except (UserError, OSError) as error:
-        sys.exit(f"data.py: {error}")
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
     print(*describe(splits), sep="\n")
     bad = [text for part in splits if part is not None for text in check(part)] if args.check else []
     if bad:

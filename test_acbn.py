@@ -5,8 +5,10 @@ Tests named test_memory_... and test_losses_... after the faults they guard agai
 which such faults are usually met in public code.
 """
 import collections
+import contextlib
 import doctest
 import inspect
+import io
 import json
 import math
 import os
@@ -14,6 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -1285,20 +1288,62 @@ def test_train_weights_from_a_file_or_a_clear_sentence(tmp_path, monkeypatch):
         evaluation.load_weights(encoder, "resnet18", "imagenet")
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("--batch-size 18", "not a multiple of --images-per-class 4"),
-    ("--batch-size 128", "needs 32 classes, the training split has 24"),
-    ("--memory-ratio 0.01", "makes a memory of 0 rows"),
-    ("--lr -1", "--lr must be above 0"), ("--lr nan", "finite, got nan"),
-    ("--epochs -1", "must be at least 0"), ("--dim 0", "must be at least 1"),
-    ("--momentum 1", r"\[0, 1\)"), ("--process-noise 0 --measurement-noise 0", "cannot both be 0"),
-    ("--amp fp16", "needs a GPU"), ("--backbone resnet19", "resnet19"), ("--method moco", "invalid choice"),
-    ("--meth axbn", "unrecognized"), ("--epochs two", "invalid int")])
-def test_train_refuses_wrong_flags_before_any_work(tmp_path, capsys, flags, message):
+WRONG = {       # flags: part of the sentence
+    "--batch-size 18": "not a multiple of --images-per-class 4",
+    "--batch-size 128": "needs 32 classes, the training split has 24",
+    "--batch-size 0": "--batch-size: must be at least 1",
+    "--batch-size 96 --images-per-class 96": "--batch-size 96 is more than the 8. training images",
+    "--images-per-class 0": "--images-per-class: must be at least 1",
+    "--memory-ratio 0.01": "makes a memory of 0 rows, less than --batch-size 16",
+    "--memory-ratio 0": "--memory-ratio: must be above 0", "--memory-ratio inf": "and finite, got inf",
+    "--lr -1": "--lr: must be above 0 and finite, got -1", "--lr nan": "finite, got nan", "--lr ten": "'ten'",
+    "--lr-decay 0": "--lr-decay: must be above 0", "--lr-drops 1 -2": "--lr-drops: must be at least 0",
+    "--weight-decay -1": "--weight-decay: must be at least 0",
+    "--epochs -1": "--epochs: must be at least 0", "--epochs two": "invalid number value: 'two'",
+    "--head-epochs -1": "--head-epochs: must be at least 0",
+    "--warmup-steps -1": "--warmup-steps: must be at least 0",
+    "--gain-interval 0": "--gain-interval: must be at least 1",
+    "--workers -1": "--workers: must be at least 0", "--dim 0": "--dim: must be at least 1",
+    "--dim 1000000000000": "allocate", "--seed -1": "--seed: must be at least 0",
+    "--seed 4294967296": "--seed: must be at least 0 and below 4294967296",
+    "--image-size 0": "--image-size: must be at least 1", "--image-size 2": "too small",
+    "--momentum 1": "--momentum: must be at least 0 and below 1",
+    "--process-noise -1": "--process-noise: must be at least 0",
+    "--measurement-noise nan": "--measurement-noise: must be at least 0",
+    "--process-noise 0 --measurement-noise 0": "cannot both be 0",
+    "--val-fraction 1": "--val-fraction: must be at least 0 and below 1",
+    "--val-fraction 0.999": "needs 4 classes, the training split has",
+    "--classes 0": "--classes: must be at least 1", "--max-images 2": "--max-images: must be at least 3",
+    "--amp fp16": "--amp fp16 needs a GPU", "--device abacus": "--device abacus cannot be used",
+    "--backbone resnet19": "resnet19", "--backbone inception_v3": "not one last linear layer",
+    "--weights nothing.pt": "nothing.pt: cannot be read", "--weights imagenet": "conv4",
+    "--method moco": "invalid choice: 'moco'", "--loss triplet": "invalid choice: 'triplet'",
+    "--augment heavy": "invalid choice", "--amp fp8": "invalid choice", "--dataset cub": "invalid choice",
+    "--test-list tiny": "invalid choice", "--df2-labels mine": "invalid choice",
+    "--dataset sop --root nowhere --backbone conv4 --weights none": "nothing of 'sop' in nowhere",
+    "--meth axbn": "unrecognized arguments: --meth", "--help-me": "unrecognized arguments"}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_train_refuses_wrong_flags_before_any_work(tmp_path, capsys, flags):
     with pytest.raises(SystemExit) as error:
         tiny(tmp_path / "run", *flags.split())
-    assert error.value.code == 2 and re.search(message, capsys.readouterr().err)
-    assert not (tmp_path / "run" / "log.jsonl").exists()
+    text = capsys.readouterr().err
+    assert error.value.code == 2 and re.search(WRONG[flags], text.splitlines()[-1] + text), text
+    assert not (tmp_path / "run").exists() and "Traceback" not in text
+
+
+def test_train_wrong_flags_are_tried_for_every_flag():
+    import argparse
+    flags = {word.split("=")[0] for text in WRONG for word in text.split() if word.startswith("--")}
+    parser = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", lambda self, argv=None: parser.append(self))
+        with contextlib.suppress(AttributeError):
+            train.parse_args([])
+    every = {option for action in parser[0]._actions for option in action.option_strings}
+    yes_or_no = {"--help", "-h", "--allow-partial", "--fill-memory", "--sync-bn", "--deterministic"}
+    assert every - flags == yes_or_no | {"--out"}       # any --out will do
 
 
 # Two gloo processes with half the batch each, against one process with the whole batch.
@@ -1349,9 +1394,28 @@ def test_two_processes_train_as_one(tmp_path):
         assert (method == "none") == (len(mine) == 0)
 
 
-def script(*command, cwd=HERE):
+def script(*command, cwd=HERE, **env):
     return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
-                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2"})
+                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2", **env})
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path):
+    (tmp_path / "dies.py").write_text(
+        "import os, signal, train\n"
+        "train_epoch = train.train_epoch\n"
+        "def dies(run, epoch):\n"
+        "    if epoch == 2 and train.ranks()[0] == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return train_epoch(run, epoch)\n"
+        "train.train_epoch = dies\n"
+        "train.main()\n")
+    result = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    tmp_path / "dies.py", *DISTRIBUTED, "--out", tmp_path / "run",
+                    OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
+    assert result.returncode == 1 and "SIGKILL" in result.stderr
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in log] == [0, 1]
+    assert evaluation.rebuild(tmp_path / "run" / "checkpoint.pt")[1]["epoch"] == 1
 
 
 def test_scripts_run_on_an_sop_replica(tmp_path):
@@ -1382,7 +1446,8 @@ def test_scripts_fail_with_one_sentence_and_without_a_traceback(tmp_path):
              (["eval.py", tmp_path / "none.pt"], "none.pt: cannot be read as a checkpoint"))
     for command, message in cases:
         result = script(*command)
-        assert result.returncode == 1 and message in result.stdout + result.stderr, result.stderr
+        assert message in result.stdout + result.stderr, result.stderr
+        assert result.returncode == (2 if "expected under" in message else 1)       # 2: nothing was begun
         assert "Traceback" not in result.stderr
 
 
@@ -1473,93 +1538,171 @@ def race(*functions, runs=15):
     """[(median seconds, median of the ratios to the first)] of functions that are run in turns, so that a
     machine's moods hit all alike."""
     times = []
-    for _ in range(runs + 2):
+    for _ in range(runs + 1):
         times.append([])
         for function in functions:
             start = time.perf_counter()
             function()
             times[-1].append(time.perf_counter() - start)
-    times = torch.tensor(times[2:], dtype=torch.float64)                        # (runs, functions)
+    times = torch.tensor(times[1:], dtype=torch.float64)                        # (runs, functions)
     return list(zip(times.median(0).values.tolist(), (times / times[:, :1]).median(0).values.tolist()))
 
 
 def table(*lines):
+    lines = [lines[0], ("---",) * len(lines[0]), *lines[1:]]
     for line in lines:
         print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in line) + " |")
+    print(flush=True)
 
 
 def bench_step(B=64, M=30000, D=512):
     """One loss step, forward and backward, beside the matrix products that it cannot do without."""
-    torch.manual_seed(0)
     z, stored = torch.randn(B, D), acbn.normalize(torch.randn(M, D))
     stored_y, weight, steps = torch.randint(M // 5, (M,)), torch.randn(B, M), {}
 
     def product():
         (z.clone().requires_grad_() @ stored.T).backward(weight)
 
-    def ours(criterion):        # other labels each time, or the memory fills with the positives of one batch
+    def step(criterion):        # other labels each time, or the memory fills with the positives of one batch
         y = torch.randint(M // 5, (B // 4,)).repeat_interleave(4)
         criterion(z.clone().requires_grad_(), y).backward()
     for method in ("xbm", "xbn", "axbn"):
         criterion = CrossBatchLoss(D, M, method)
         criterion.memory.enqueue(stored, stored_y)
-        steps[f"CrossBatchLoss, {method}"] = partial(ours, criterion)
+        steps[f"CrossBatchLoss, {method}"] = partial(step, criterion)
     try:
+        import pytorch_metric_learning
         from pytorch_metric_learning import losses, miners
         peer = losses.CrossBatchMemory(losses.MultiSimilarityLoss(2, 50, 0.5), D, M,
                                        miners.MultiSimilarityMiner(0.1))
         peer.embedding_memory, peer.label_memory = stored.clone(), stored_y.clone()
         peer.has_been_filled = True
-        steps["pytorch-metric-learning, xbm"] = partial(ours, peer)
+        steps[f"pytorch-metric-learning {pytorch_metric_learning.__version__}, xbm"] = partial(step, peer)
     except ImportError:
         print("pytorch-metric-learning: not installed")
-    base, *rest = median_seconds(product, *steps.values())
-    table(("step", "ms", "x product"), ("---",) * 3, ("product, forward and backward", base * 1e3, 1.0),
-          *((name, s * 1e3, s / base) for name, s in zip(steps, rest)))
+    steps = {"product, forward and backward": product, **steps}
+    table(("step", "ms", "bytes held an entry of (B, M)", "x product"),
+          *((name, s * 1e3, peak_bytes(steps[name]) / B / M, x)
+            for name, (s, x) in zip(steps, race(*steps.values()))))
+    print(f"The product reads {8 * M * D / 1e6:.0f} MB of memory, adapting reads and writes as many.\n")
 
 
 def bench_recall(N=60502, D=512):
-    """Recall@K and MAP@R of N embeddings in classes of about five, beside the chunked product alone."""
-    torch.manual_seed(0)
-    z, y = acbn.normalize(torch.randn(N, D)), torch.arange(N) // 5
+    """Recall@K and MAP@R of as many queries as SOP has, beside the chunked product alone."""
+    import resource
+    kib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss        # noqa: E731
+    z, y = acbn.normalize(torch.randn(N, D)), torch.randint(N * 11316 // 60502, (N,))
+    before = kib()
+    evaluation.positive_ranks(z, y)
+    held = (kib() - before) / 2 ** 20
+    out = torch.empty(2 ** 26 // N, N)
 
     def product():
-        for part in z.split(2 ** 26 // N):
-            part @ z.T
-    base, ours = median_seconds(product, lambda: evaluation.positive_ranks(z, y), runs=3)
-    table(("search", "s", "x product"), ("---",) * 3, ("chunked product", base, 1.0),
-          ("positive_ranks: Recall@K and MAP@R", ours, ours / base))
+        for part in z.split(len(out)):
+            torch.mm(part, z.T, out=out[:len(part)])
+    searches = {"chunked product": product,
+                "recall_at_k": lambda: evaluation.recall_at_k(z, y),
+                "positive_ranks: Recall@K and MAP@R": lambda: evaluation.positive_ranks(z, y)}
+    try:
+        import faiss
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        index = faiss.IndexFlatIP(D)
+        index.add(z.numpy())
+        searches[f"faiss {faiss.__version__}, flat index, K = 1000"] = lambda: index.search(z.numpy(), 1001)
+    except ImportError:
+        print("faiss: not installed")
+    table(("search", "s", "x product"),
+          *((name, s, x) for name, (s, x) in zip(searches, race(*searches.values(), runs=2))))
+    print(f"positive_ranks held {held:.2f} GiB beyond the features.\n")
+
+
+def make_jpegs(root, n, side):
+    """n JPEGs of side x side, four a class, as --dataset folder takes them."""
+    wave = np.add.outer(np.sin(np.arange(side) / 40), np.cos(np.arange(side) / 30)) * 50 + 128
+    for k in range(n):
+        noise = np.random.default_rng(k).normal(0, 12, (side, side, 3))
+        path = Path(root) / f"{k // 4:05d}" / f"{k}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray((wave[..., None] + noise).clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def seconds_a_step(flags, at_hand=False, epochs=3):
+    """Of train.py's own loop, the loader warm, the memory full; at_hand: the batches are there already."""
+    run = train.build(train.parse_args(flags.split()))
+    run["probe"].every, memory, seconds = 10 ** 9, run["criterion"].memory, []
+    device = memory.mean.device
+    memory.enqueue(acbn.normalize(torch.randn(memory.size, len(memory.mean))).to(device),
+                   torch.arange(memory.size, device=device) // 5)
+    if at_hand:
+        run["batches"] = [[t.to(device) for t in batch] for batch in run["batches"]]
+    for epoch in range(epochs + 1):
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.train_epoch(run, epoch)
+        seconds.append((time.perf_counter() - start) / len(run["batches"]))
+    return sorted(seconds[1:])[epochs // 2]
 
 
 def bench_loader(n=48, side=1000):
-    """Images a second of one core, large JPEGs to 224 x 224: decoded whole, and as Images does it."""
-    import tempfile
-    torch.set_num_threads(1)
+    """Decoding at a reduced scale, on one core; train.py's loop beside the same steps on data at hand."""
+    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as root:
-        wave = np.add.outer(np.sin(np.arange(side) / 40), np.cos(np.arange(side) / 30)) * 50 + 128
-        for k in range(n):
-            noise = np.random.default_rng(k).normal(0, 12, (side, side, 3))
-            pixels = (wave[..., None] + noise).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(f"{root}/{k}.jpg", quality=90)
-        part = data.Split([f"{root}/{k}.jpg" for k in range(n)], torch.zeros(n, dtype=torch.int64))
-        rows = []
+        make_jpegs(root, 2 * n, side)
+        part, lines = data.load("folder", root).train, []
+        torch.set_num_threads(1)
         for training in (True, False):
             images = data.Images(part, 224, "paper", training)
             shape = (v2.RandomResizedCrop(224) if training else
                      v2.Compose([v2.Resize(256), v2.CenterCrop(224)]))
-            whole, reduced = median_seconds(
-                lambda: [images.transform(shape(Image.open(p).convert("RGB"))) for p in part.images],
+            (whole, _), (reduced, _) = race(
+                lambda: [images.transform(shape(Image.open(p).convert("RGB"))) for p in part.images[:n]],
                 lambda: [images[i] for i in range(n)], runs=3)
-            rows.append(("training" if training else "evaluation", n / whole, n / reduced, whole / reduced))
-        table(("1000 x 1000 JPEG", "before, images/s", "after, images/s", "x"), ("---",) * 4, *rows)
+            name = "training" if training else "evaluation"
+            lines.append((name, n / whole, n / reduced, whole / reduced))
+        table((f"{side} x {side} JPEG", "whole, images/s", "reduced, images/s", "x"), *lines)
+        torch.set_num_threads(threads)
+        lines = []
+        for flags in ("--classes 300 --warmup-steps 0",
+                      "--classes 150 --warmup-steps 0 --backbone resnet18 --batch-size 32",
+                      f"--dataset folder --root {root} --weights none --batch-size 16 --memory-ratio 1"):
+            hand, loop = (seconds_a_step(f"{flags} --device cpu", at_hand) for at_hand in (True, False))
+            lines.append((f"train.py {flags}".replace(root, "DIR"), hand * 1e3, loop * 1e3, loop / hand))
+        table(("loop", "data at hand, ms a step", "train.py, ms a step", "x"), *lines)
+
+
+def bench_gpu(B=64, M=60000):
+    """The memory's share of a ResNet-50 step, the loader's, and the cost of --deterministic."""
+    if not torch.cuda.is_available():
+        return print("bench gpu: not run: no CUDA")
+    lines, base = [], None
+    resnet = f"--weights none --head-epochs 0 --batch-size {B} --amp bf16 --device cuda"
+    with tempfile.TemporaryDirectory() as root:
+        for side in (256, 1000):
+            make_jpegs(Path(root), 4096, side)
+            folder = f"--dataset folder --root {root} {resnet} --memory-ratio {M / 2048}"
+            for name, flags, at_hand in (("none, data at hand", "--method none", True),
+                                         ("axbn, data at hand", "--method axbn", True),
+                                         ("axbn, data at hand, --deterministic", "--deterministic", True),
+                                         (f"axbn, JPEGs of {side} x {side}", "--method axbn", False)):
+                if not at_hand or side == 256:
+                    torch.cuda.reset_peak_memory_stats()
+                    s = seconds_a_step(f"{folder} {flags}", at_hand)
+                    base, gib = base or s, torch.cuda.max_memory_allocated() / 2 ** 30
+                    lines.append((name, s * 1e3, B / s, gib, s / base))
+    table(("ResNet-50, 224 px, bf16", "ms a step", "images/s", "peak GiB", "x none"), *lines)
+    print(torch.cuda.get_device_name(), os.cpu_count(), "cores")
 
 
 if __name__ == "__main__":
-    commands = {"step": bench_step, "recall": bench_recall, "loader": bench_loader}
-    if len(sys.argv) == 3 and sys.argv[1] == "bench" and sys.argv[2] in commands:
-        commands[sys.argv[2]]()
-    elif len(sys.argv) == 3 and sys.argv[1] == "rehearsal":
-        rehearsal(sys.argv[2])
+    benches = {"step": bench_step, "recall": bench_recall, "loader": bench_loader, "gpu": bench_gpu}
+    words = sys.argv[1:]
+    if words[:1] == ["bench"] and len(words) < 3 and set(words[1:]) <= set(benches):
+        torch.manual_seed(0)
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+        for name in words[1:] or benches:
+            benches[name]()
+    elif words[:1] == ["rehearsal"] and len(words) == 2:
+        rehearsal(words[1])
     else:
-        sys.exit("usage: python test_acbn.py bench step|recall|loader    prints a table\n"
-                 "       python test_acbn.py rehearsal DIR               writes a stand-in for all of SOP")
+        sys.exit("usage: python test_acbn.py bench [step|recall|loader|gpu]    prints tables\n"
+                 "       python test_acbn.py rehearsal DIR                     writes a stand-in for SOP")

@@ -46,48 +46,54 @@ LOSSES = {
     "contrastive": (acbn.contrastive_loss, lambda s, p, n: (p, n & (s > 0.5))),
 }
 MAY_CHANGE = {"epochs", "workers", "device", "out", "root", "allow_partial"}    # on resuming
+FORMAT = 1              # of checkpoint.pt
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False, epilog="'preset' defaults depend on --dataset.")
     add = p.add_argument
+    number = data.number
     g = p.add_argument_group("data").add_argument
     data.add_flags(g, "synthetic")
-    g("--val-fraction", type=float, default=0.0,
+    g("--val-fraction", type=number(float, 0, below=1), default=0.0,
       help="share of training classes held out to choose the best epoch on (0: the test split)")
-    g("--image-size", type=int, help="pixels a side (preset)")
+    g("--image-size", type=number(int, 1), help="pixels a side (preset)")
     g("--augment", choices=("paper", "light", "none"), help="training transform (preset)")
-    g("--workers", type=int,
+    g("--workers", type=number(int, 0),
       help="processes that read images, results do not depend on it (GPU: one a core, CPU: 0)")
     g = p.add_argument_group("method").add_argument
     g("--method", choices=acbn.METHODS, default="axbn", help="xbm+batch is the paper's XBM* (axbn)")
     g("--loss", choices=LOSSES, default="ms", help="supcon with pair margins is the paper's (ms)")
-    g("--memory-ratio", type=float, help="memory rows as a share of the training images (preset)")
-    g("--warmup-steps", type=int, help="steps with the plain loss before the memory is used (preset)")
+    g("--memory-ratio", type=number(float, 0, above=True),
+      help="memory rows as a share of the training images (preset)")
+    g("--warmup-steps", type=number(int, 0),
+      help="steps with the plain loss before the memory is used (preset)")
     g("--fill-memory", action="store_true", help="then fill it at once with random training images")
-    g("--process-noise", type=float, default=1.0, help="q of the Kalman filter (1)")
-    g("--measurement-noise", type=float, default=0.01, help="r, divided by the batch size (0.01)")
-    g("--gain-interval", type=int, help="the gain is renewed every so many steps (preset)")
-    g("--momentum", type=float, default=0.1, help="ema: share of the old estimate, in [0, 1) (0.1)")
+    g("--process-noise", type=number(float, 0), default=1.0, help="q of the Kalman filter (1)")
+    g("--measurement-noise", type=number(float, 0), default=0.01, help="r, divided by the batch size (0.01)")
+    g("--gain-interval", type=number(int, 1), help="the gain is renewed every so many steps (preset)")
+    g("--momentum", type=number(float, 0, below=1), default=0.1,
+      help="ema: share of the old estimate, in [0, 1) (0.1)")
     g = p.add_argument_group("model").add_argument
     g("--backbone", help="conv4, conv4-nobn or any torchvision classifier (preset)")
     g("--weights", help="imagenet, none, or a file with a state_dict (preset)")
-    g("--dim", type=int, help="size of the embedding (preset)")
+    g("--dim", type=number(int, 1), help="size of the embedding (preset)")
     g = p.add_argument_group("training").add_argument
-    g("--batch-size", type=int, help="images a step, over all processes (preset)")
-    g("--images-per-class", type=int, default=4, help="images of each class in a batch (4)")
-    g("--epochs", type=int, help="of len(training images) // batch-size steps (preset)")
-    g("--head-epochs", type=int, help="before that, epochs of the last layer alone (preset)")
-    g("--lr", type=float, help="of AdamW (preset)")
-    g("--lr-drops", type=int, nargs="*",
+    g("--batch-size", type=number(int, 1), help="images a step, over all processes (preset)")
+    g("--images-per-class", type=number(int, 1), default=4, help="images of each class in a batch (4)")
+    g("--epochs", type=number(int, 0), help="of len(training images) // batch-size steps (preset)")
+    g("--head-epochs", type=number(int, 0), help="before that, epochs of the last layer alone (preset)")
+    g("--lr", type=number(float, 0, above=True), help="of AdamW (preset)")
+    g("--lr-drops", type=number(int, 0), nargs="*",
       help="epochs after which the rate is multiplied by --lr-decay (preset)")
-    g("--lr-decay", type=float, help="(preset)")
-    g("--weight-decay", type=float, help="of AdamW (preset)")
+    g("--lr-decay", type=number(float, 0, above=True), help="(preset)")
+    g("--weight-decay", type=number(float, 0), help="of AdamW (preset)")
     g("--amp", choices=("off", "bf16", "fp16"), help="mixed precision (bf16 on a GPU, else off)")
     g("--sync-bn", action="store_true", help="several processes: batch norm over the whole batch, by torch")
     g("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    g("--seed", type=int, default=0)
+    g("--seed", type=number(int, 0, below=2 ** 32), default=0)
+    g("--deterministic", action="store_true", help="the same bits on a GPU too, run after run, but slower")
     add("--out", help="default runs/<dataset>-<method>-<loss>-b<batch>-s<seed>")
     args = p.parse_args(argv)
     for name, value in PRESETS[args.dataset].items():
@@ -98,29 +104,17 @@ def parse_args(argv=None):
     if args.workers is None:            # on a CPU the network's own threads use every core already
         args.workers = min(os.cpu_count(), 16) if on_gpu else 0
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.loss}-b{args.batch_size}-s{args.seed}"
-    for name in ("image_size", "gain_interval", "dim", "batch_size", "images_per_class", "classes"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("workers", "warmup_steps", "epochs", "head_epochs", "weight_decay", "process_noise",
-                 "measurement_noise", "seed"):
-        if not getattr(args, name) >= 0:
-            p.error(f"--{name.replace('_', '-')} must be at least 0, got {getattr(args, name)}")
-    for name in ("lr", "lr_decay", "memory_ratio"):
-        if not 0 < getattr(args, name) < math.inf:
-            p.error(f"--{name.replace('_', '-')} must be above 0 and finite, got {getattr(args, name)}")
-    if args.max_images < 3:
-        p.error(f"--max-images must be at least 3, got {args.max_images}")
-    if not 0 <= args.val_fraction < 1:
-        p.error(f"--val-fraction must be in [0, 1), got {args.val_fraction}")
     if args.batch_size % args.images_per_class:
         p.error(f"--batch-size {args.batch_size} is not a multiple of "
                 f"--images-per-class {args.images_per_class}")
-    if not 0 <= args.momentum < 1 or args.process_noise + args.measurement_noise == 0:
-        p.error("--momentum must be in [0, 1), and --process-noise and --measurement-noise cannot both be 0")
+    if args.process_noise + args.measurement_noise == 0:
+        p.error("--process-noise and --measurement-noise cannot both be 0")
     if args.amp == "fp16" and not on_gpu:
         p.error("--amp fp16 needs a GPU; use bf16 or off")
-    if on_gpu and not torch.cuda.is_available():
-        p.error(f"--device {args.device}: this torch sees no GPU; use --device cpu")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        p.error(f"--device {args.device} cannot be used ({str(error).splitlines()[0]}); --device cpu can")
     return args
 
 
@@ -206,7 +200,8 @@ class Probe:
         (rank, world), b = ranks(), len(z)
         with untouched(model):
             drift = (embed_again(x) - z).norm(dim=1)                        # (B,) Eq. 5
-            self.add(drift_mean=drift.mean().item(), drift_max=drift.max().item())
+            self.add(drift_mean=drift.mean().item(), drift_max=drift.max().item(),
+                     spread=z.std(0, correction=0).norm().item())         # 0: collapsed, 1: about the origin
             memory = criterion.memory
             if self.rows:
                 then, old_x, stored, slots = self.rows
@@ -274,7 +269,8 @@ def train_epoch(run, epoch):
     for group in optimizer.param_groups:
         group["lr"] = rate
     run["sampler"].set_epoch(epoch)
-    steps, total = len(run["batches"]), torch.zeros((), device=args.device)
+    steps = len(run["batches"])
+    seen = torch.zeros(2, steps, device=args.device)  # loss and gradient norm, read by the host now and then
     start = shown = time.perf_counter()
 
     def embed_again(x):
@@ -291,25 +287,42 @@ def train_epoch(run, epoch):
         loss = criterion(gather(z.float()), gather(y), gather(ids))         # the same value in every process
         optimizer.zero_grad()
         scaler.scale(world * loss).backward()            # the processes' gradients are averaged: hence world
-        scaler.step(optimizer)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)         # measures, clips nothing
+        scaler.step(optimizer)                              # fp16: not where the norm is not finite
         scaler.update()
-        total += loss.detach()
+        seen[:, step - 1] = torch.stack([loss.detach(), norm])
         if probe.active:
             probe.measure(step, model, criterion, x, acbn.normalize(z.detach()), embed_again)
         now = time.perf_counter()
         if now - shown > 5 or step == steps:
             shown, speed = now, step / (now - start)
-            if not math.isfinite(total.item()):
-                raise data.UserError(f"epoch {epoch}, step {step}: the loss is not finite "
-                                     f"at a learning rate of {rate:g}; "
-                                     "try a lower --lr, or --amp bf16 or off in place of fp16")
+            refuse_infinite(seen[:, :step], epoch, rate, args.amp)
             left = ((args.epochs - epoch) * steps + steps - step) / speed
             say(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  loss {loss.item():.4f}  "
                 f"{speed * args.batch_size:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")
-    gain = criterion.gain if criterion.filter_step else None
-    return {"loss": total.item() / steps, "lr": rate, "gain": gain, "memory": len(criterion.memory),
-            "images_per_second": round(steps * args.batch_size / (time.perf_counter() - start), 1),
-            **probe.take()}
+    losses, norms = seen.double()
+    taken = norms.isfinite()
+    record = {"loss": losses.mean().item(), "lr": rate, "gradient_norm": norms[taken].mean().item(),
+              "steps_skipped": int((~taken).sum()), "steps_without_pairs": int((losses == 0).sum()),
+              "gain": criterion.gain if criterion.filter_step else None, "memory": len(criterion.memory),
+              "images_per_second": round(steps * args.batch_size / (time.perf_counter() - start), 1),
+              **probe.take()}
+    if record.get("spread", 1) < 0.01:
+        record["warning"] = "the embeddings have collapsed: all images get nearly the same one"
+        say(f"warning: {record['warning']} (spread {record['spread']:.2g} of 1)")
+    return record
+
+
+def refuse_infinite(seen, epoch, rate, amp):
+    """seen (2, n): loss and gradient norm of an epoch's steps so far. fp16 skips a step for its gradient."""
+    wrong = ~seen[0].isfinite() if amp == "fp16" else ~seen.isfinite().all(0)           # (n,)
+    if wrong.any():
+        step = int(wrong.nonzero()[0]) + 1
+        what = "gradient" if seen[0, step - 1].isfinite() else "loss"
+        raise data.UserError(
+            f"epoch {epoch}, step {step}: the {what} is not finite at a learning rate of {rate:g}; try a "
+            "lower --lr" + (", or --amp bf16 or off in place of fp16" if amp == "fp16" else ""))
 
 
 # ---------------------------------------------------------------- checkpoints and the log
@@ -317,23 +330,32 @@ def train_epoch(run, epoch):
 def write(path, content):
     """Text, or anything torch.save takes, written whole or not at all."""
     part = path.with_name(path.name + ".part")
-    if isinstance(content, str):
-        part.write_text(content)
-    else:
-        torch.save(content, part)
-    os.replace(part, path)
+    try:
+        with part.open("wb") as file:
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:        # a full disk is the one or the other to torch.save
+        raise data.UserError(f"{part}: cannot be written ({str(error).splitlines()[0]}); "
+                             f"{path.name} is as it was") from None
 
 
 def save(run, epoch, is_best):
     """Rank 0 writes; every process gives its random states."""
     out, args, rng = Path(run["args"].out), run["args"], random_states()
     if ranks()[0] == 0:
-        state = {"format": 1, "epoch": epoch, "settings": vars(args), "model": run["model"].state_dict()}
+        state = {"format": FORMAT, "epoch": epoch, "settings": vars(args),
+                 "model": run["model"].state_dict()}
         if is_best:
             write(out / "best.pt", state)
         state.update({name: run[name].state_dict() for name in ("optimizer", "scaler", "criterion")})
         write(out / "checkpoint.pt", {**state, "records": run["records"], "rng": rng})
-        write(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in run["records"]))
+        write_log(run)
+
+
+def write_log(run):
+    write(Path(run["args"].out) / "log.jsonl", "".join(json.dumps(r) + "\n" for r in run["records"]))
 
 
 def random_states():
@@ -348,30 +370,39 @@ def random_states():
 def resume(run, path):
     """Fill the run from a checkpoint; refuses one that was made with settings that change the result."""
     state = load_file(path)
-    if not isinstance(state, dict) or state.get("format") != 1 or "optimizer" not in state:
-        raise data.UserError(f"{path}: not a checkpoint of this version of train.py; use another --out")
-    for name, value in vars(run["args"]).items():
-        if name not in MAY_CHANGE and state["settings"].get(name) != value:
-            raise data.UserError(f"{path}: was made with --{name.replace('_', '-')} "
-                                 f"{state['settings'].get(name)}, "
-                                 f"now it is {value}; use the same, or another --out")
-    for name in ("model", "optimizer", "scaler", "criterion"):
-        run[name].load_state_dict(state[name])
-    run["records"] = state["records"]
-    rank, world = ranks()
-    if len(state["rng"]) != world:
-        raise data.UserError(f"{path}: was made with {len(state['rng'])} processes, now there are {world}")
-    cpu, gpu = state["rng"][rank]
-    torch.set_rng_state(cpu)
-    if gpu is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(gpu)
-    return state["epoch"]
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else None
+        raise data.UserError(f"{path}: not a checkpoint of this version of train.py: expected format "
+                             f"{FORMAT}, found {found}; use another --out")
+    try:
+        settings, (rank, world) = state["settings"], ranks()
+        for name, value in vars(run["args"]).items():
+            if name not in MAY_CHANGE and settings[name] != value:
+                raise data.UserError(f"{path}: was made with --{name.replace('_', '-')} {settings[name]}, "
+                                     f"now it is {value}; use the same, or another --out")
+        if len(state["rng"]) != world:
+            raise data.UserError(f"{path}: was made with {len(state['rng'])} processes, "
+                                 f"now there are {world}")
+        for name in ("model", "optimizer", "scaler", "criterion"):
+            run[name].load_state_dict(state[name])
+        run["records"], (cpu, gpu) = state["records"], state["rng"][rank]
+        torch.set_rng_state(cpu)
+        if gpu is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(gpu)
+        return state["epoch"]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise data.UserError(f"{path}: not a checkpoint of this version of train.py ({reason}); "
+                             "use another --out") from None
 
 
 # ---------------------------------------------------------------- the run
 
 def build(args):
     """Everything a run consists of, in one dict."""
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")         # as torch asks for it
+    torch.use_deterministic_algorithms(args.deterministic)
     torch.manual_seed(args.seed)
     splits, val = data.load_for(vars(args), args.allow_partial), None
     if args.val_fraction:
@@ -389,8 +420,10 @@ def build(args):
     on_gpu = args.device.startswith("cuda")
     batches = data.loader(images, args.workers, pin_memory=on_gpu, batch_sampler=data.Seeded(sampler))
     model = Encoder(args.backbone, args.dim)
+    with torch.no_grad():                           # fails here already where --image-size is too small
+        model.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
     load_weights(model, args.backbone, args.weights)
-    model.to(args.device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format)
+    model.train().to(args.device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format)
     if args.sync_bn and ranks()[1] > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     torch.manual_seed(args.seed + ranks()[0])       # the same weights everywhere, but each its own dropout
@@ -440,7 +473,7 @@ def train(args):
     join(args)
     try:
         run = build(args)
-    except ValueError as error:             # flags that do not fit the data, or an unknown backbone
+    except (data.UserError, ValueError, RuntimeError) as error:     # flags that do not fit data or model
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     say(*data.describe(run["splits"]), json.dumps(vars(args)))
@@ -453,6 +486,8 @@ def train(args):
         dist.barrier()                      # every process has looked before rank 0 writes
     if ranks()[0] == 0:
         write(out / "settings.json", json.dumps(vars(args), indent=1) + "\n")
+        if resumed:
+            write_log(run)                  # it lacks a line where the run was killed after its checkpoint
     if resumed:
         say(f"continuing {out} after epoch {epoch}")
     else:
