@@ -18,9 +18,11 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms.functional import pil_to_tensor
 
 
 class UserError(Exception):
@@ -417,16 +419,35 @@ def augmentation(recipe):
 
     "paper" is timm's rand-m9-mstd0.5 as near as torchvision comes: each of two operations with probability
     0.5, at 9/10 of its range (bin 27 of 31), no noise on the magnitude; erased areas get ImageNet's mean.
-    "light" suits small drawn images; "none" only resizes.
+    "light" suits small drawn images and follows a batch at a time, see `light`; "none" only resizes.
     """
-    if recipe == "none":
-        return everything, v2.PILToTensor()
-    if recipe == "light":
-        return everything, v2.Compose([v2.RandomAffine(15, (0.1, 0.1), (0.9, 1.1)),
-                                       v2.ColorJitter(0.2, 0.2, 0.2), v2.PILToTensor()])
+    if recipe in ("light", "none"):
+        return everything, pil_to_tensor
     operation = v2.RandomApply([v2.RandAugment(num_ops=1, magnitude=27)], p=0.5)
     return random_part, v2.Compose([v2.RandomHorizontalFlip(), operation, operation, v2.PILToTensor(),
                                     v2.RandomErasing(p=0.2, value=(124, 116, 104))])
+
+
+def light(x, u):
+    """Turns (15 degrees), scales (10 %), shifts (10 %) and tints (20 %) each of x (B, 3, S, S) uint8, by the
+    random u (B, 7) in 0..1: what torchvision's RandomAffine and ColorJitter do, for a batch at once, since
+    image by image they take as long as a small network's step.
+    """
+    angle, scale, dx, dy, *tints = (2 * u - 1).T                                        # (B,) in -1..1
+    angle, scale = angle * math.radians(15), 1 + 0.1 * scale
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    theta = torch.stack([cos, -sin, 0.2 * dx, sin, cos, 0.2 * dy], 1).view(-1, 2, 3)    # (B, 2, 3)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)                           # (B, S, S, 2)
+    x = F.grid_sample(x.float(), grid, align_corners=False)                             # (B, 3, S, S)
+    brightness, contrast, saturation = (1 + 0.2 * t[:, None, None, None] for t in tints)
+    x = brightness * x
+    x = torch.lerp(grey(x).mean((2, 3), keepdim=True), x, contrast)
+    return torch.lerp(grey(x), x, saturation).clamp_(0, 255).round_().to(torch.uint8)
+
+
+def grey(x):
+    """Luma of x (B, 3, S, S): (B, 1, S, S)."""
+    return (0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None]
 
 
 class Images(torch.utils.data.Dataset):
@@ -439,6 +460,7 @@ class Images(torch.utils.data.Dataset):
 
     def __init__(self, split, size, recipe, training=False):
         self.split, self.size = split, size
+        self.light = training and recipe == "light"
         self.cut, self.transform = augmentation(recipe if training else "none")
         if recipe == "paper" and not training:
             self.cut = centre
@@ -447,13 +469,23 @@ class Images(torch.utils.data.Dataset):
         return len(self.split.labels)
 
     def __getitem__(self, key):
-        i, seed = key if isinstance(key, tuple) else (key, None)
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys):                       # what a DataLoader asks for: a batch at once
+        read = [self.read(*key) if isinstance(key, tuple) else self.read(key) for key in keys]
+        x = torch.stack([image for image, _ in read])                                   # (B, 3, S, S)
+        x = light(x, torch.stack([u for _, u in read])) if self.light else x
+        index = [key[0] if isinstance(key, tuple) else key for key in keys]
+        return [(image, self.split.labels[i], i) for image, i in zip(x, index)]
+
+    def read(self, i, seed=None):
+        """Image i (3, size, size) uint8, and the random numbers (7,) that `light` takes."""
         box = None if self.split.boxes is None else self.split.boxes[i]
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)
             image = open_image(self.split.images[i], self.size, self.cut, box)
-            return self.transform(image), self.split.labels[i], i
+            return self.transform(image), torch.rand(7) if self.light else None
 
 
 # ---------------------------------------------------------------- batches of P classes x m images
@@ -523,9 +555,13 @@ class Seeded(torch.utils.data.Sampler):
 
 
 def loader(dataset, workers=0, pin_memory=False, **options):
-    """A DataLoader whose workers stay alive from epoch to epoch."""
+    """A DataLoader whose workers stay alive from epoch to epoch.
+
+    It has a generator of its own: from the global one it would draw once an epoch without workers and once a
+    run with them, and what a network's dropout draws would depend on that.
+    """
     return torch.utils.data.DataLoader(dataset, num_workers=workers, pin_memory=pin_memory,
-                                       persistent_workers=workers > 0, **options)
+                                       persistent_workers=workers > 0, generator=torch.Generator(), **options)
 
 
 # ---------------------------------------------------------------- python data.py

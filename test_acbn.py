@@ -12,8 +12,11 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -1060,6 +1063,26 @@ def test_transforms_give_uint8_and_depend_on_the_seed_alone(recipe):
     assert fixed[0][0].shape == (3, 24, 24) and torch.equal(fixed[0, 5][0], fixed[0, 6][0])
 
 
+def test_light_augmentation_equals_torchvision_one_image_at_a_time():
+    TF, size = v2.functional, 40
+    x = torch.tensor(data.synthetic(classes=4, image_size=size).train.images[:6]).permute(0, 3, 1, 2)
+    assert torch.equal(data.light(x, torch.full((6, 7), 0.5)), x)                      # 0.5: nothing changes
+    u = torch.rand(6, 7, generator=torch.Generator().manual_seed(0))
+    for image, got, (angle, scale, dx, dy, *tints) in zip(x, data.light(x, u), (2 * u - 1).tolist()):
+        image = image.float()
+        angle, scale, shift = 15 * angle, 1 + 0.1 * scale, [-0.1 * size * dx, -0.1 * size * dy]
+        # grid_sample moves what is looked at, affine what is seen: the inverse, about the shifted centre.
+        a, (tx, ty) = math.radians(angle), shift
+        c, s = scale * math.cos(a), scale * math.sin(a)
+        image = TF.affine(image, -angle, [c * tx + s * ty, c * ty - s * tx], scale, [0.0, 0.0],
+                          interpolation=v2.InterpolationMode.BILINEAR)
+        image = (1 + 0.2 * tints[0]) * image
+        image = torch.lerp(TF.rgb_to_grayscale(image).mean(), image, 1 + 0.2 * tints[1])
+        image = torch.lerp(TF.rgb_to_grayscale(image), image, 1 + 0.2 * tints[2]).clamp(0, 255)
+        inner = (slice(None), slice(8, -8), slice(8, -8))               # edges fade differently
+        assert (image[inner] - got[inner].float()).abs().mean() < 2
+
+
 LABELS = torch.arange(20).repeat_interleave(torch.tensor([1, 2, 3, 4, 5, 6, 7, 8, 9, 10] * 2))
 
 
@@ -1296,7 +1319,8 @@ WRONG = {       # flags: part of the sentence
     "--images-per-class 0": "--images-per-class: must be at least 1",
     "--memory-ratio 0.01": "makes a memory of 0 rows, less than --batch-size 16",
     "--memory-ratio 0": "--memory-ratio: must be above 0", "--memory-ratio inf": "and finite, got inf",
-    "--lr -1": "--lr: must be above 0 and finite, got -1", "--lr nan": "finite, got nan", "--lr ten": "'ten'",
+    "--lr -1": "--lr: must be above 0 and finite, got -1", "--lr nan": "finite, got nan",
+    "--lr ten": "invalid number value: 'ten'",
     "--lr-decay 0": "--lr-decay: must be above 0", "--lr-drops 1 -2": "--lr-drops: must be at least 0",
     "--weight-decay -1": "--weight-decay: must be at least 0",
     "--epochs -1": "--epochs: must be at least 0", "--epochs two": "invalid number value: 'two'",
@@ -1344,6 +1368,360 @@ def test_train_wrong_flags_are_tried_for_every_flag():
     every = {option for action in parser[0]._actions for option in action.option_strings}
     yes_or_no = {"--help", "-h", "--allow-partial", "--fill-memory", "--sync-bn", "--deterministic"}
     assert every - flags == yes_or_no | {"--out"}       # any --out will do
+
+
+# ---------------------------------------------------------------- nothing is lost, nothing lies
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_train_is_the_same_whatever_the_number_of_workers(tmp_path, workers):
+    none, some = (tiny(tmp_path / w, "--workers", w) for w in ("0", workers))
+    assert strip(none) == strip(some)
+    none, some = (evaluation.load_file(tmp_path / w / "checkpoint.pt") for w in ("0", workers))
+    assert same(none["rng"], some["rng"])                       # or a network with dropout would differ
+    assert strip(none) != strip(tiny(tmp_path / "seed", "--seed", "1"))
+
+
+def test_train_resumes_exactly_with_workers_deterministic_and_best_so_far(tmp_path):
+    flags = "--workers 2 --epochs 3 --val-fraction 0.3 --backbone resnet18 --deterministic".split()
+    whole = tiny(tmp_path / "whole", *flags)
+    for epochs in "013":
+        parts = tiny(tmp_path / "parts", *flags, "--epochs", epochs)
+    assert strip(whole) == strip(parts)
+    for name in ("checkpoint.pt", "best.pt"):
+        assert same(*(evaluation.load_file(tmp_path / n / name) for n in ("whole", "parts")))
+    torch.use_deterministic_algorithms(False)
+
+
+def same(a, b):
+    """Whether two checkpoints hold the same bits; times, --out and --epochs aside."""
+    if isinstance(a, dict):
+        free = {"images_per_second", "eval_seconds", "out", "epochs"}
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in free)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def whole_epochs(out):
+    """How many epochs are logged; fails on a torn or doubled line, or on a checkpoint that does not fit."""
+    log = out / "log.jsonl"
+    epochs = [json.loads(line)["epoch"] for line in log.read_text().splitlines()] if log.exists() else []
+    assert epochs == list(range(len(epochs)))
+    if (out / "checkpoint.pt").exists():
+        assert evaluation.rebuild(out / "checkpoint.pt")[1]["epoch"] + 1 in (len(epochs), len(epochs) + 1)
+    return len(epochs)
+
+
+# train.py, killed at the n-th of the moments that matter: a file half written, whole, or just renamed.
+DIES_WRITING = """
+import os, signal, sys, torch, train
+left, save, replace = int(sys.argv.pop(1)), torch.save, os.replace
+def moment():
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+def half(content, file):
+    save(content, file)
+    if left == 1:
+        file.truncate(file.tell() // 2)
+    moment()
+def renamed(part, path):
+    moment(), replace(part, path), moment()
+torch.save, os.replace = half, renamed
+train.main()
+"""
+KILLED = [*TINY, "--epochs", "3", "--workers", "1"]
+
+
+def killed_while_writing(out, moment):
+    """Runs train.py until it is killed at that moment, or to its end; returns its exit code."""
+    (out.parent / "dies_writing.py").write_text(DIES_WRITING)
+    result = script(out.parent / "dies_writing.py", moment, *KILLED, "--out", out, PYTHONPATH=str(HERE))
+    assert result.returncode in (0, -9), result.stderr
+    whole_epochs(out)
+    return result.returncode
+
+
+def test_train_killed_while_it_writes_loses_nothing(tmp_path):
+    for moment in (6, 13, 14):      # the first checkpoint half written; then others, after a resume each
+        assert killed_while_writing(tmp_path / "killed", moment) == -9
+    tiny(tmp_path / "killed", *KILLED), tiny(tmp_path / "whole", *KILLED)
+    assert whole_epochs(tmp_path / "killed") == 4
+    killed, whole = (evaluation.load_file(tmp_path / n / "checkpoint.pt") for n in ("killed", "whole"))
+    assert same(killed, whole)
+
+
+def interrupted(out, number, wait, flags=(*TINY, "--workers", "2", "--epochs", "9999", "--classes", "60")):
+    """Sends a signal `wait` seconds into the training of a long run: exit code, seconds it took, words."""
+    run = subprocess.Popen([sys.executable, HERE / "train.py", *flags, "--out", out], cwd=HERE, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           env={**os.environ, "OMP_NUM_THREADS": "2"})
+    try:
+        while (line := run.stdout.readline()) and not line.startswith("epoch"):
+            pass
+        time.sleep(wait)
+        start = time.perf_counter()
+        run.send_signal(number)
+        _, words = run.communicate(timeout=60)
+        return run.returncode, time.perf_counter() - start, words
+    finally:
+        run.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_train_ends_soon_and_with_a_sentence_when_told_to(tmp_path, number):
+    code, seconds, words = interrupted(tmp_path / "run", number, 1.0)
+    assert code == 130 and "the same command continues after the last whole epoch" in words
+    assert "Traceback" not in words and seconds < 5 and whole_epochs(tmp_path / "run") > 1
+
+
+def test_checkpoints_of_others_are_refused_with_a_sentence(tmp_path):
+    tiny(tmp_path, "--epochs", "0")
+    path = tmp_path / "checkpoint.pt"
+    good, whole_log = torch.load(path, weights_only=True), (tmp_path / "log.jsonl").read_text()
+    lacks = {k: v for k, v in good["settings"].items() if k != "deterministic"}
+    for other, message in (({**good, "format": 2}, "expected format 1, found 2"),
+                           ({"state_dict": {}}, "expected format 1, found None"), ([1], "found None"),
+                           ({**good, "settings": lacks}, "KeyError: 'deterministic'"),
+                           ({**good, "optimizer": {}}, "KeyError"),
+                           ({**good, "rng": []}, "made with 0 processes"),
+                           ({**good, "model": {"w": torch.ones(1)}}, "RuntimeError: Error"),
+                           ({**good, "criterion": {}}, "RuntimeError: Error")):
+        torch.save(other, path)
+        with pytest.raises(SystemExit, match=f"checkpoint.pt: .*{message}") as error:
+            tiny(tmp_path)
+        assert "\n" not in str(error.value) and whole_log == (tmp_path / "log.jsonl").read_text()
+        if not isinstance(other, dict) or "state_dict" in other:
+            with pytest.raises(SystemExit, match="not a checkpoint of this version"):
+                evaluation.main([str(path)])
+
+
+def test_write_on_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    tiny(tmp_path, "--epochs", "1")
+    for name in ("checkpoint.pt", "log.jsonl"):
+        before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+        (tmp_path / f"{name}.part").symlink_to("/dev/full")         # every write: no space left on device
+        with pytest.raises(SystemExit, match=f"{name}.part: cannot be written .*; {name} is as it was"):
+            tiny(tmp_path, "--epochs", "2")
+        (tmp_path / f"{name}.part").unlink()
+        assert before[name] == (tmp_path / name).read_bytes()
+    assert strip(tiny(tmp_path))[2] == strip(tiny(tmp_path / "whole"))[2]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="file"):       # a folder that cannot be made
+        tiny(tmp_path / "file" / "run")
+
+
+def test_train_names_a_loss_or_gradient_that_is_not_finite(tmp_path):
+    with pytest.raises(SystemExit, match="epoch 1, step [2-9]: the (loss|gradient) is not finite at a "
+                                         r"learning rate of 1e\+30; try a lower --lr"):
+        tiny(tmp_path, "--lr", "1e30")
+    assert whole_epochs(tmp_path) == 1                              # the checkpoint before it stands
+    inf, nan = math.inf, math.nan
+    for seen, amp, message in (([[1, inf, 1], [1, 1, nan]], "off", "step 2: the loss"),
+                               ([[1, 1, nan], [1, inf, 1]], "off", "step 2: the gradient"),
+                               ([[1, 1, nan], [1, inf, 1]], "fp16", "step 3: the loss .*or --amp bf16")):
+        with pytest.raises(data.UserError, match=message):
+            train.refuse_infinite(torch.tensor(seen), 1, 0.1, amp)
+    train.refuse_infinite(torch.tensor([[1, 1], [inf, 1]]), 1, 0.1, "fp16")         # skipped, not refused
+
+
+def test_train_counts_steps_without_pairs_and_names_a_collapse(tmp_path, capsys, monkeypatch):
+    record = tiny(tmp_path / "a", "--epochs", "1")[1]
+    assert record["steps_without_pairs"] == record["steps_skipped"] == 0
+    assert 0.1 < record["spread"] <= 1 and record["gradient_norm"] > 0 and "warning" not in record
+    fake, flags = 5.0, ("--epochs", "1", "--loss", "supcon", "--method", "none")
+    monkeypatch.setattr(evaluation.Encoder, "forward",
+                        lambda self, x: self.head.bias.expand(len(x), -1) * fake)
+    record = tiny(tmp_path / "b", *flags)[1]                # all cosines are 1: there is no hard positive
+    assert record["steps_without_pairs"] == 5 and record["loss"] == 0 and record["recall@1"] == 0
+    assert "collapsed" in record["warning"] and "warning: the embeddings have" in capsys.readouterr().out
+    fake = math.nan
+    with pytest.raises(SystemExit, match="NaN or infinity of .* images"):
+        tiny(tmp_path / "c", *flags)
+
+
+def random_case(seed):
+    """A random batch, memory size, dimension, labels, dtype, and a scale from 1e-20 to 1e20."""
+    rng = np.random.default_rng(seed)
+    B, M, D, classes = rng.integers(2, 40), rng.integers(1, 100), rng.integers(1, 20), rng.integers(1, 12)
+    dtype = (torch.float32, torch.float64)[seed % 2]
+    z = torch.tensor(rng.normal(size=(int(rng.integers(1, 9)), B, D)) + rng.normal(size=D), dtype=dtype)
+    y = torch.tensor(rng.integers(-classes, classes, z.shape[:2]) * int(rng.integers(1, 2 ** 40)))
+    return z, y, int(M), 10.0 ** rng.uniform(-20, 20)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_properties_of_any_memory_and_loss(seed):
+    z, y, M, scale = random_case(seed)
+    method, loss = METHODS[seed % 6], LOSSES[seed // 6 % 3]
+    plain, scaled = (CrossBatchLoss(z.shape[2], M, method, loss, 0.01, 0.1, gain_interval=2).to(z.dtype)
+                     for _ in range(2))
+    queue, tolerance = collections.deque(maxlen=M), 1e-3 if z.dtype == torch.float32 else 1e-9
+    for batch, labels in zip(z, y):
+        batch.requires_grad_()
+        a, b = plain(batch, labels), scaled(batch.detach() * scale, labels)
+        (gradient,) = torch.autograd.grad(a, batch)
+        assert a.isfinite() and a >= -tolerance and gradient.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)       # length does not matter
+        queue.extend(labels.tolist())
+        memory = plain.memory
+        if method != "none":
+            assert memory.labels.roll(-memory.pointer).tolist() == list(queue)
+            torch.testing.assert_close(memory.norms, memory.embeddings.norm(dim=1))
+        if plain.adapts and memory.known and len(memory) > 1:
+            mean, std = acbn.moments(memory.embeddings)
+            torch.testing.assert_close(memory.mean, mean, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(memory.std, std, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_properties_of_any_loss(seed):
+    rng = np.random.default_rng(seed)
+    B, N, classes = (int(rng.integers(1, n)) for n in (30, 300, 60))
+    sim, positive, negative = case(B, N, classes, seed)
+    order, turn = torch.randperm(N), torch.randperm(B)
+    for loss in LOSSES:
+        value = loss(sim, positive, negative)
+        others = [m[turn][:, order] for m in (sim, positive, negative)]         # neither order matters
+        torch.testing.assert_close(loss(*others), value, rtol=1e-10, atol=1e-12)
+        none = [torch.cat([m, n], 1) for m, n in zip((sim, positive, negative), (
+            torch.rand(B, 7, dtype=sim.dtype), *torch.zeros(2, B, 7, dtype=torch.bool)))]
+        torch.testing.assert_close(loss(*none), value, rtol=1e-10, atol=1e-12)  # nor what is no pair
+        low = loss(sim.float(), positive, negative)
+        torch.testing.assert_close(low.double(), value, rtol=1e-3, atol=1e-4)  # float32: pairs on the margin
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_properties_of_any_filter_and_matching(seed):
+    rng = np.random.default_rng(seed)
+    q, r, scale = 10.0 ** rng.uniform(-20, 20, 3)
+    B, p = int(rng.integers(1, 512)), 10.0 ** rng.uniform(-20, 20)
+    for _ in range(50):
+        before, (p, K) = p, acbn.kalman_gain(p, B, q, r)
+        assert 0 <= p <= (before + q) * (1 + 1e-12) and 0 <= K <= 1
+        assert p <= r / B + 1e-15 * (before + q)        # never less sure than the last measurement alone
+    z, target = (torch.tensor(rng.normal(size=(n, 5)) * scale + rng.normal() * scale) for n in (60, 9))
+    matched = acbn.match_moments(z, *acbn.moments(target))
+    for got, expected in zip(acbn.moments(matched), acbn.moments(target)):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_properties_of_any_recall(seed):
+    rng = np.random.default_rng(seed)
+    Q, G, D, classes = (int(rng.integers(2, n)) for n in (60, 60, 9, 25))
+    z, gallery = (torch.tensor(rng.normal(size=(n, D))) for n in (Q, G))
+    y, gallery_y = (torch.tensor(rng.integers(0, classes, n)) * 2 ** 40 for n in (Q, G))
+    pair, ks = () if seed % 2 else (gallery, gallery_y), (1, 2, 7)
+    recall, precision = brute_force(z, y, ks, *pair)
+    scaled, turn = z * torch.tensor(10.0 ** rng.uniform(-20, 20, (Q, 1))), torch.randperm(Q)
+    for chunk, (other, labels) in ((1, (z, y)), (2 ** 26, (z[turn], y[turn])), (99, (scaled.float(), y))):
+        ranks = evaluation.positive_ranks(other, labels, *pair, chunk=chunk)
+        assert evaluation.recall_from_ranks(ranks, ks) == pytest.approx(recall)
+        assert evaluation.map_from_ranks(ranks) == pytest.approx(precision)
+        first = evaluation.positive_ranks(other, labels, *pair, most=1)
+        assert torch.equal(first, ranks[:, :1])
+
+
+HARMLESS = (lambda t, g: t.replace(b"\n", b"\r\n"), lambda t, g: t + b"\n \n\t\n",
+            lambda t, g: re.sub(rb" +", lambda m: m[0] + b" " * g.randrange(3), t),
+            lambda t, g: t.rstrip(), lambda t, g: t.replace(b" ", b"\t"))
+ROWS = (lambda rows, g: g.shuffle(rows), lambda rows, g: rows.pop(g.randrange(len(rows))),
+        lambda rows, g: rows.append(rows[g.randrange(len(rows))]))
+PIECES = (b"", b"x", b"-1", b" ", b"\n", b"\x00", b"\xff", "\u00e9\u2028".encode(), b"9" * 30, b"1e5", b"{",
+          b"[", b"]", b'"', b",", b"null", b"NaN", b"query", b"gallery", b"id_", b"../", b"0")
+
+
+def mutated(text, g, head):
+    """A list file's bytes with harmless changes, with other rows, or with harm done anywhere."""
+    kind = g.randrange(3)
+    if kind == 0:
+        return g.choice(HARMLESS)(text, g)
+    if kind == 1 and head is not None:
+        lines = text.splitlines()
+        rows = lines[head:]
+        g.choice(ROWS)(rows, g)
+        return b"\n".join(lines[:head] + rows) + b"\n"
+    for _ in range(g.randrange(1, 4)):
+        i = g.randrange(len(text) + 1)
+        text = text[:i] + g.choice(PIECES) + text[i + g.randrange(4) * g.randrange(9):]
+    return text[:g.randrange(len(text) + 1)] if g.random() < 0.1 else text
+
+
+def counted(name, root):
+    """How many images the lists in a replica hold, by other means than data.py's."""
+    def lines(path, skip):
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][skip:]
+    if name == "inshop":
+        status = [line.split()[-1] for line in lines(root / "Eval/list_eval_partition.txt", 2)]
+        return [status.count(part) for part in ("train", "query", "gallery")]
+    if name == "df2":
+        found = collections.Counter()
+        for path in root.glob("*/annos/*.json"):
+            anno, part = json.loads(path.read_text()), path.parent.parent.name
+            for item in (v for k, v in anno.items() if k.startswith("item")):
+                paired = int(item["style"]) > 0
+                found["train"] += part == "train" and paired
+                found["query"] += part == "validation" and anno["source"] == "user" and paired
+                found["gallery"] += part == "validation" and anno["source"] == "shop"
+        return [found[part] for part in ("train", "query", "gallery")]
+    pair = {"sop": ["Stanford_Online_Products/Ebay_train.txt", "Stanford_Online_Products/Ebay_test.txt"],
+            "vehicleid": ["VehicleID_V1.0/train_test_split/train_list.txt",
+                          "VehicleID_V1.0/train_test_split/test_list_800.txt"]}[name]
+    return [len(lines(root / path, name == "sop")) for path in pair]
+
+
+FUZZED = {"sop": (make_sop, "Ebay_*.txt", 1), "inshop": (make_inshop, "list_eval_partition.txt", 2),
+          "df2": (make_df2, "*.json", None), "vehicleid": (make_vehicleid, "*_list*.txt", 0)}
+
+
+def fuzz(name, root, trials, seed=0):
+    """Loads a replica's lists so many times, each time with one mutated; returns how often they loaded."""
+    make, pattern, head = FUZZED[name]
+    make(root)
+    files, g, loaded = sorted(root.rglob(pattern)), random.Random(seed), 0
+    for _ in range(trials):
+        path = g.choice(files)
+        original = path.read_bytes()
+        path.write_bytes(mutated(original, g, head))
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                splits = data.load(name, root, allow_partial=True)
+            assert [len(part.labels) for part in splits if part] == counted(name, root)
+            loaded += 1
+        except data.UserError as error:
+            assert str(root) in str(error), error
+        path.write_bytes(original)
+    return loaded
+
+
+@pytest.mark.parametrize("name", FUZZED)
+def test_fuzzed_lists_give_data_or_a_sentence(tmp_path, name):
+    assert 20 < fuzz(name, tmp_path, 150) < 150
+
+
+def torn_checkpoints(root, trials, seed=0):
+    """Reads a checkpoint cut off, or with junk in it, so many times; returns how often it was refused."""
+    tiny(root / "run", "--epochs", "0")
+    good, g, refused = (root / "run" / "checkpoint.pt").read_bytes(), random.Random(seed), 0
+    for k in range(trials):
+        i = g.randrange(len(good))
+        bad = good[:i] if k % 2 else good[:i] + g.randbytes(200) + good[i + 200:]
+        (root / "torn.pt").write_bytes(bad)
+        try:
+            evaluation.rebuild(root / "torn.pt")
+            assert k % 2 == 0, "a checkpoint that was cut off was read"
+        except data.UserError as error:
+            assert "torn.pt: " in str(error) and "\n" not in str(error)
+            refused += 1
+    return refused
+
+
+def test_torn_checkpoints_are_refused_with_a_sentence(tmp_path):
+    assert torn_checkpoints(tmp_path, 40) >= 20
 
 
 # Two gloo processes with half the batch each, against one process with the whole batch.
@@ -1693,6 +2071,70 @@ def bench_gpu(B=64, M=60000):
     print(torch.cuda.get_device_name(), os.cpu_count(), "cores")
 
 
+def faults(kills=20):
+    """The campaigns that are too long for the tests; writes results/reliability.md as it goes."""
+    g, root = random.Random(0), Path(tempfile.mkdtemp())
+    lines = ["# Reliability", "", f"`python test_acbn.py faults --kills {kills}`, torch "
+             f"{torch.__version__}; a row stops at its first failure.", "",
+             "| fault | tried | outcome |", "|---|---|---|"]
+
+    def row(fault, tried, campaign):
+        start = time.perf_counter()
+        try:
+            outcome = campaign()
+        except Exception as error:
+            outcome = f"**failed**: {type(error).__name__}: {error}"
+        lines.append(f"| {fault} | {tried} | {outcome} |")
+        print(lines[-1], f"{time.perf_counter() - start:.0f} s", flush=True)
+        (HERE / "results" / "reliability.md").write_text("\n".join(lines) + "\n")
+
+    def as_never_killed(name):
+        tiny(root / name, *KILLED)
+        if not (root / "whole").exists():
+            tiny(root / "whole", *KILLED)
+        a, b = (evaluation.load_file(root / n / "checkpoint.pt") for n in (name, "whole"))
+        assert same(a, b) and whole_epochs(root / name) == len(b["records"])
+        return "every file whole or the previous one; in the end the same bits as a run never killed"
+
+    def killed_writing():
+        for _ in range(kills):
+            if killed_while_writing(root / "writing", g.randrange(1, 13)) == 0:
+                shutil.rmtree(root / "writing")             # it came to its end: from the start
+        return as_never_killed("writing")
+
+    def killed_anywhere():
+        for _ in range(kills):
+            code, _, _ = interrupted(root / "anywhere", signal.SIGKILL, g.uniform(0, 1.5), KILLED)
+            if code != -9:
+                shutil.rmtree(root / "anywhere")
+            whole_epochs(root / "anywhere")
+        return as_never_killed("anywhere")
+
+    def told_to_end():
+        worst = 0
+        for k in range(kills):
+            number = (signal.SIGTERM, signal.SIGINT)[k % 2]
+            code, seconds, words = interrupted(root / "told", number, g.uniform(0, 2))
+            assert code == 130 and "stopped; the same command continues" in words and "Trace" not in words
+            whole_epochs(root / "told")
+            worst = max(worst, seconds)
+        return f"a sentence and exit code 130, after {worst:.1f} s at most"
+
+    def fuzzed(name):
+        loaded = fuzz(name, root / name, 2500)
+        return f"{loaded} loaded, with the right counts; {2500 - loaded} times a sentence"
+
+    row("SIGKILL while a file is written: half of it, before and after it is renamed", kills, killed_writing)
+    row("SIGKILL at a random moment of training", kills, killed_anywhere)
+    row("SIGTERM or Ctrl-C at a random moment, two workers", kills, told_to_end)
+    row("checkpoint cut off, or 200 bytes of junk in it", 1000,
+        lambda: f"a sentence for all 500 cut off and {torn_checkpoints(root, 1000) - 500} of 500 with junk")
+    for name in FUZZED:
+        row(f"mutated lists of {name}", 2500, partial(fuzzed, name))
+    shutil.rmtree(root)
+    return any("**failed**" in line for line in lines)
+
+
 if __name__ == "__main__":
     benches = {"step": bench_step, "recall": bench_recall, "loader": bench_loader, "gpu": bench_gpu}
     words = sys.argv[1:]
@@ -1701,8 +2143,11 @@ if __name__ == "__main__":
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
         for name in words[1:] or benches:
             benches[name]()
+    elif words[:1] == ["faults"] and (len(words) == 1 or len(words) == 3 and words[1] == "--kills"):
+        sys.exit(faults(*map(int, words[2:])))
     elif words[:1] == ["rehearsal"] and len(words) == 2:
         rehearsal(words[1])
     else:
-        sys.exit("usage: python test_acbn.py bench [step|recall|loader|gpu]    prints tables\n"
-                 "       python test_acbn.py rehearsal DIR                     writes a stand-in for SOP")
+        sys.exit("usage: python test_acbn.py bench [step|recall|loader|gpu]   prints tables\n"
+                 "       python test_acbn.py faults [--kills 20]           writes results/reliability.md\n"
+                 "       python test_acbn.py rehearsal DIR                 writes a stand-in for SOP")
