@@ -580,7 +580,7 @@ def check(split):
 
 def number(kind, low, above=False, below=math.inf):
     """An argparse type: an int or a float from `low` on, or only above it, and below `below`."""
-    def number(text):
+    def number(text):                       # argparse puts this name into "invalid number value: 'two'"
         value = kind(text)
         if not (low < value if above else low <= value) or not value < below:
             limits = f"{'above' if above else 'at least'} {low}" + f" and below {below}" * (below < math.inf)

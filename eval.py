@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import sys
+import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 from urllib.error import URLError
@@ -165,14 +166,17 @@ def load_weights(encoder, backbone, weights):
 
 
 def load_file(path):
-    """A file of plain data written by torch.save, on the CPU."""
+    """A file of plain data written by torch.save, on the CPU; its checksums, which torch skips, must fit."""
     try:
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise data.UserError(f"{path}: cannot be read as a checkpoint ({error.strerror or error})") from None
     except Exception as error:      # torn or foreign bytes make the unpickler raise anything
+        reason = str(error) if "checksum" in str(error) else type(error).__name__
         raise data.UserError(f"{path}: cannot be read as a checkpoint, it is torn or no file of torch.save "
-                             f"({type(error).__name__})") from None
+                             f"({reason})") from None
 
 
 # ---------------------------------------------------------------- evaluation

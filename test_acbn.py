@@ -1455,14 +1455,15 @@ def test_train_killed_while_it_writes_loses_nothing(tmp_path):
 def interrupted(out, number, wait, flags=(*TINY, "--workers", "2", "--epochs", "9999", "--classes", "60")):
     """Sends a signal `wait` seconds into the training of a long run: exit code, seconds it took, words."""
     run = subprocess.Popen([sys.executable, HERE / "train.py", *flags, "--out", out], cwd=HERE, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
                            env={**os.environ, "OMP_NUM_THREADS": "2"})
     try:
         while (line := run.stdout.readline()) and not line.startswith("epoch"):
             pass
         time.sleep(wait)
         start = time.perf_counter()
-        run.send_signal(number)
+        if run.poll() is None:          # as a terminal does: Ctrl-C goes to the workers too
+            (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)
         _, words = run.communicate(timeout=60)
         return run.returncode, time.perf_counter() - start, words
     finally:
@@ -1540,6 +1541,23 @@ def test_train_counts_steps_without_pairs_and_names_a_collapse(tmp_path, capsys,
     fake = math.nan
     with pytest.raises(SystemExit, match="NaN or infinity of .* images"):
         tiny(tmp_path / "c", *flags)
+
+
+def test_train_skips_and_counts_steps_whose_scaled_gradient_overflows(monkeypatch):
+    run = train.build(train.parse_args(TINY))
+    monkeypatch.setattr(train, "autocast", lambda device, amp: contextlib.nullcontext())
+    run["args"].amp, run["scaler"], calls = "fp16", torch.amp.GradScaler("cpu"), []
+
+    def overflow(gradient):
+        calls.append(1)
+        return gradient * math.inf if len(calls) in (2, 4) else gradient
+    run["model"].head.weight.register_hook(overflow)
+    record = train.train_epoch(run, 1)
+    assert record["steps_skipped"] == 2 and math.isfinite(record["loss"] + record["gradient_norm"])
+    assert all(v.isfinite().all() for v in run["model"].state_dict().values())
+    run["args"].amp, calls[:] = "off", []
+    with pytest.raises(data.UserError, match="epoch 1, step 2: the gradient is not finite"):
+        train.train_epoch(run, 1)
 
 
 def random_case(seed):
@@ -2115,7 +2133,8 @@ def faults(kills=20):
         for k in range(kills):
             number = (signal.SIGTERM, signal.SIGINT)[k % 2]
             code, seconds, words = interrupted(root / "told", number, g.uniform(0, 2))
-            assert code == 130 and "stopped; the same command continues" in words and "Trace" not in words
+            assert code == 130 and words.splitlines()[-1].startswith("train.py: stopped; "), words
+            assert words.count("stopped") == 1 and "Trace" not in words, words
             whole_epochs(root / "told")
             worst = max(worst, seconds)
         return f"a sentence and exit code 130, after {worst:.1f} s at most"

@@ -10,12 +10,14 @@ far, <out>/best.pt. The same command continues where it stopped.
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
 import time
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -510,12 +512,20 @@ def main(argv=None):
         return train(args)
     except (data.UserError, OSError) as error:
         sys.exit(f"train.py: {data.sentence(error)}")
-    except KeyboardInterrupt:
-        print(f"train.py: stopped; the same command continues after the last whole epoch of {args.out}",
-              file=sys.stderr)
-        sys.exit(130)
+
+
+def stop(pid, number, frame):
+    """Ends the process at once, which no file minds: each is written whole, then renamed. (An exception would
+    now and then be raised in some object's destructor, where Python drops it, and the run would go on.)
+    """
+    if os.getpid() == pid:                              # the loader's workers inherit this handler
+        os.write(2, b"train.py: stopped; the same command continues after the last whole epoch\n")
+        for worker in multiprocessing.active_children():
+            worker.kill()
+    os._exit(130)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # clusters preempt: end like Ctrl-C
+    signal.signal(signal.SIGTERM, partial(stop, os.getpid()))       # clusters preempt
+    signal.signal(signal.SIGINT, partial(stop, os.getpid()))        # Ctrl-C
     main()
