@@ -560,8 +560,9 @@ def loader(dataset, workers=0, pin_memory=False, **options):
     It has a generator of its own: from the global one it would draw once an epoch without workers and once a
     run with them, and what a network's dropout draws would depend on that.
     """
-    return torch.utils.data.DataLoader(dataset, num_workers=workers, pin_memory=pin_memory,
-                                       persistent_workers=workers > 0, generator=torch.Generator(), **options)
+    return torch.utils.data.DataLoader(
+        dataset, num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0,
+        generator=torch.Generator(), **options)
 
 
 # ---------------------------------------------------------------- python data.py

@@ -515,8 +515,8 @@ def main(argv=None):
 
 
 def stop(pid, number, frame):
-    """Ends the process at once, which no file minds: each is written whole, then renamed. (An exception would
-    now and then be raised in some object's destructor, where Python drops it, and the run would go on.)
+    """Ends the process at once, which no file minds: each is written whole, then renamed. (An exception
+    would now and then be raised in some object's destructor, where Python drops it: the run would go on.)
     """
     if os.getpid() == pid:                              # the loader's workers inherit this handler
         os.write(2, b"train.py: stopped; the same command continues after the last whole epoch\n")
