@@ -472,13 +472,13 @@ class Images(torch.utils.data.Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys):                       # what a DataLoader asks for: a batch at once
-        read = [self.read(*key) if isinstance(key, tuple) else self.read(key) for key in keys]
+        keys = [key if isinstance(key, tuple) else (key, None) for key in keys]
+        read = [self.read(i, seed) for i, seed in keys]
         x = torch.stack([image for image, _ in read])                                   # (B, 3, S, S)
         x = light(x, torch.stack([u for _, u in read])) if self.light else x
-        index = [key[0] if isinstance(key, tuple) else key for key in keys]
-        return [(image, self.split.labels[i], i) for image, i in zip(x, index)]
+        return [(image, self.split.labels[i], i) for image, (i, _) in zip(x, keys)]
 
-    def read(self, i, seed=None):
+    def read(self, i, seed):
         """Image i (3, size, size) uint8, and the random numbers (7,) that `light` takes."""
         box = None if self.split.boxes is None else self.split.boxes[i]
         with torch.random.fork_rng(devices=[], enabled=seed is not None):

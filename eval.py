@@ -16,7 +16,6 @@ from pathlib import Path
 from urllib.error import URLError
 
 import torch
-import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
@@ -255,7 +254,7 @@ def contact_sheet(query, gallery, z, gallery_z, show, nearest=7, side=96):
     y, gallery_y = query.labels, gallery.labels
     first = positive_ranks(z, y, gallery_z, None if itself else gallery_y)[:, 0]        # (Q,) 0: no match
     worst = first.where(first > 0, len(gallery_y)).argsort(descending=True, stable=True)[:show]
-    sim = F.normalize(z[worst], dim=1) @ F.normalize(z if itself else gallery_z, dim=1).T       # (show, G)
+    sim = normalize(z[worst]) @ normalize(z if itself else gallery_z).T       # (show, G)
     if itself:
         sim.scatter_(1, worst[:, None], -torch.inf)
     near = sim.topk(min(nearest, sim.shape[1] - itself)).indices                        # (show, nearest)

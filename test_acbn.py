@@ -868,6 +868,10 @@ def make_folder(root):
         jpeg(root / f"class{k // 4}" / f"{k}.jpg", k)
 
 
+MAKE = {"sop": make_sop, "inshop": make_inshop, "df2": make_df2, "vehicleid": make_vehicleid,
+        "folder": make_folder}
+
+
 @pytest.mark.parametrize("place", ["Eval", "Anno", "."])
 @pytest.mark.parametrize("images", ["Img/img", "img", "img_highres"])
 def test_inshop_replica_in_every_layout(tmp_path, place, images):
@@ -943,11 +947,10 @@ def test_loaders_of_a_wrong_root_show_the_expected_tree(tmp_path, name):
     assert data.DATASETS[name].tree in str(error.value) and str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize("name, make", [("inshop", make_inshop), ("df2", make_df2),
-                                        ("vehicleid", make_vehicleid), ("folder", make_folder)])
-def test_scripts_train_and_evaluate_on_each_replica(tmp_path, name, make, capsys):
+@pytest.mark.parametrize("name", ["inshop", "df2", "vehicleid", "folder"])
+def test_scripts_train_and_evaluate_on_each_replica(tmp_path, name, capsys):
     (tmp_path / "data").mkdir()
-    make(tmp_path / "data")
+    MAKE[name](tmp_path / "data")
     flags = ["--dataset", name, "--root", str(tmp_path / "data"), "--allow-partial"]
     data.main([*flags, "--check"])
     assert "gallery" in capsys.readouterr().out
@@ -963,10 +966,9 @@ def test_scripts_train_and_evaluate_on_each_replica(tmp_path, name, make, capsys
     assert Image.open(tmp_path / "sheet.png").size[1] == 24 + 3 * (96 + 34)
 
 
-@pytest.mark.parametrize("name, make", [("sop", make_sop), ("inshop", make_inshop), ("df2", make_df2),
-                                        ("vehicleid", make_vehicleid), ("folder", make_folder)])
-def test_check_names_missing_and_truncated_images_of_each_replica(tmp_path, name, make, capsys):
-    make(tmp_path)
+@pytest.mark.parametrize("name", MAKE)
+def test_check_names_missing_and_truncated_images_of_each_replica(tmp_path, name, capsys):
+    MAKE[name](tmp_path)
     files = sorted(p for p in tmp_path.rglob("*") if p.suffix.lower() == ".jpg")
     gone, cut = files[0], files[3]
     cut.write_bytes(cut.read_bytes()[:-300])
@@ -981,9 +983,9 @@ def test_check_names_missing_and_truncated_images_of_each_replica(tmp_path, name
         data.Images(splits.train, 16, "none")[splits.train.images.index(str(cut))]
 
 
-@pytest.mark.parametrize("name, make", [("inshop", make_inshop), ("vehicleid", make_vehicleid)])
-def test_loaders_read_windows_line_ends(tmp_path, name, make):
-    make(tmp_path / "unix"), make(tmp_path / "windows", edit=lambda t: t.replace("\n", "\r\n"))
+@pytest.mark.parametrize("name", ["inshop", "vehicleid"])
+def test_loaders_read_windows_line_ends(tmp_path, name):
+    MAKE[name](tmp_path / "unix"), MAKE[name](tmp_path / "windows", edit=lambda t: t.replace("\n", "\r\n"))
     unix, windows = (data.load(name, tmp_path / end, allow_partial=True) for end in ("unix", "windows"))
     assert all(torch.equal(a.labels, b.labels) for a, b in zip(unix, windows) if a)
     assert [Path(p).name for p in unix.query.images] == [Path(p).name for p in windows.query.images]
@@ -1693,14 +1695,14 @@ def counted(name, root):
     return [len(lines(root / path, name == "sop")) for path in pair]
 
 
-FUZZED = {"sop": (make_sop, "Ebay_*.txt", 1), "inshop": (make_inshop, "list_eval_partition.txt", 2),
-          "df2": (make_df2, "*.json", None), "vehicleid": (make_vehicleid, "*_list*.txt", 0)}
+FUZZED = {"sop": ("Ebay_*.txt", 1), "inshop": ("list_eval_partition.txt", 2),      # files, lines before rows
+          "df2": ("*.json", None), "vehicleid": ("*_list*.txt", 0)}
 
 
 def fuzz(name, root, trials, seed=0):
     """Loads a replica's lists so many times, each time with one mutated; returns how often they loaded."""
-    make, pattern, head = FUZZED[name]
-    make(root)
+    pattern, head = FUZZED[name]
+    MAKE[name](root)
     files, g, loaded = sorted(root.rglob(pattern)), random.Random(seed), 0
     for _ in range(trials):
         path = g.choice(files)
@@ -1989,11 +1991,10 @@ def bench_step(B=64, M=30000, D=512):
 def bench_recall(N=60502, D=512):
     """Recall@K and MAP@R of as many queries as SOP has, beside the chunked product alone."""
     import resource
-    kib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss        # noqa: E731
     z, y = acbn.normalize(torch.randn(N, D)), torch.randint(N * 11316 // 60502, (N,))
-    before = kib()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss                 # KiB
     evaluation.positive_ranks(z, y)
-    held = (kib() - before) / 2 ** 20
+    held = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 20
     out = torch.empty(2 ** 26 // N, N)
 
     def product():
