@@ -343,13 +343,13 @@ def write(path, content):
                              f"{path.name} is as it was") from None
 
 
-def save(run, epoch, is_best):
+def save(run, epoch):
     """Rank 0 writes; every process gives its random states."""
     out, args, rng = Path(run["args"].out), run["args"], random_states()
     if ranks()[0] == 0:
         state = {"format": FORMAT, "epoch": epoch, "settings": vars(args),
                  "model": run["model"].state_dict()}
-        if is_best:
+        if best_record(run)["epoch"] == epoch:
             write(out / "best.pt", state)
         state.update({name: run[name].state_dict() for name in ("optimizer", "scaler", "criterion")})
         write(out / "checkpoint.pt", {**state, "records": run["records"], "rng": rng})
@@ -425,7 +425,8 @@ def build(args):
     with torch.no_grad():                           # fails here already where --image-size is too small
         model.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
     load_weights(model, args.backbone, args.weights)
-    model.train().to(args.device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format)
+    faster = torch.contiguous_format if args.amp == "off" and not on_gpu else torch.channels_last
+    model.train().to(args.device, memory_format=faster)
     if args.sync_bn and ranks()[1] > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     torch.manual_seed(args.seed + ranks()[0])       # the same weights everywhere, but each its own dropout
@@ -433,7 +434,7 @@ def build(args):
     criterion = acbn.CrossBatchLoss(args.dim, rows if args.method != "none" else 1, args.method, probe,
                                     args.process_noise, args.measurement_noise, args.gain_interval,
                                     args.momentum, args.warmup_steps).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
     return dict(args=args, splits=splits, val=val, sampler=sampler, batches=batches, probe=probe,
                 model=model, parallel=parallel(model, args.device),
@@ -462,7 +463,7 @@ def finish_epoch(run, epoch, record):
         seconds = round(time.perf_counter() - start, 1)
         run["records"].append({"epoch": epoch, **record, **result, "eval_seconds": seconds})
         say(f"epoch {epoch}/{args.epochs}  " + "  ".join(f"{k} {100 * v:.2f}" for k, v in result.items()))
-    save(run, epoch, is_best=ranks()[0] == 0 and best_record(run)["epoch"] == epoch)
+    save(run, epoch)
 
 
 def best_record(run):
