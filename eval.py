@@ -9,10 +9,13 @@ never by its similarity; a tie with another class counts against it; one without
 import argparse
 import json
 import math
+import re
 import sys
 import zipfile
 from contextlib import nullcontext
+from itertools import combinations
 from pathlib import Path
+from statistics import mode
 from urllib.error import URLError
 
 import torch
@@ -298,36 +301,113 @@ def tile(sheet, column, top, side, split, i, caption, right):
     pen.text((x, y + side + 3), caption, "black", ImageFont.load_default(13))
 
 
-def plot(runs, out):
-    """One figure of the logs of some runs, a line a run, to the file `out`."""
+def read_runs(paths):
+    """{label: the logs, lists of records, of runs that differ by their seed, "-s<seed>" in the name, alone}.
+
+    paths: run folders, or copies of their log.jsonl under other names.
+    """
+    groups = {}
+    for path in paths:
+        log = path / "log.jsonl" if path.is_dir() else path
+        try:
+            records = [json.loads(line) for line in log.read_text().splitlines()]
+            records[0]["settings"], records[-1]["recall@1"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise data.UserError(f"{log}: cannot be read as the log of a run ({error})") from None
+        name = re.sub(r"-s\d+$", "", path.name.removesuffix(".jsonl"))
+        groups.setdefault((path.parent.name, name), []).append(records)
+    clear = len({name for _, name in groups}) == len(groups)
+    return {name if clear else f"{parent}/{name}": runs for (parent, name), runs in groups.items()}
+
+
+def mean_and_std(runs, key, epoch=-1):
+    """Of one figure over runs, in percent; the deviation of a single run is 0."""
+    values = torch.tensor([100 * records[epoch][key] for records in runs], dtype=torch.float64)     # (n,)
+    return values.mean().item(), values.std(correction=min(1, len(runs) - 1)).item()
+
+
+def order_of_means(groups):
+    """A sentence: do the means of Recall@1 keep their order over the last third of the epochs?"""
+    last = min(len(records) for runs in groups.values() for records in runs) - 1
+    epochs = range(last - last // 3, last + 1)
+    means = {label: torch.tensor([mean_and_std(runs, "recall@1", e)[0] for e in epochs])
+             for label, runs in groups.items()}                                             # each (epochs,)
+    swaps = [f"{a} and {b}" for a, b in combinations(means, 2) if (means[a] > means[b]).unique().numel() > 1]
+    return (f"order of the means of Recall@1 over epochs {epochs[0]} to {last}: "
+            + (f"changes between {', '.join(swaps)}" if swaps else "does not change"))
+
+
+def pyplot():
     try:
         import matplotlib
     except ImportError:
         raise data.UserError("--plot needs matplotlib: python -m pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    panels = (("Recall@1 (%)", {"-": "recall@1"}), ("loss", {"-": "loss"}), ("gain K", {"-": "gain"}),
-              ("drift (Eq. 5), dotted: maximum", {"-": "drift_mean", ":": "drift_max"}),
-              ("staleness, dotted: as adapted", {"-": "staleness_stored", ":": "staleness_adapted"}))
-    figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.6), layout="constrained")
+    return pyplot
+
+
+PANELS = (("Recall@1 (%)", {"-": "recall@1"}), ("loss", {"-": "loss"}), ("gain K", {"-": "gain"}),
+          ("drift (Eq. 5), dotted: maximum", {"-": "drift_mean", ":": "drift_max"}),
+          ("staleness, dotted: as adapted", {"-": "staleness_stored", ":": "staleness_adapted"}))
+
+
+def plot(groups, out):
+    """Groups of runs over their epochs, the mean and one deviation about it, drawn to the file `out`."""
+    figure, axes = pyplot().subplots(2, 3, figsize=(10, 6), layout="constrained")
     axes = axes.flatten()
-    for n, run in enumerate(runs):
-        path = run / "log.jsonl"
-        try:
-            records = [json.loads(line) for line in path.read_text().splitlines()]
-        except (OSError, ValueError) as error:
-            raise data.UserError(f"{path}: cannot be read as the log of a run ({error})") from None
-        for axis, (title, lines) in zip(axes, panels):
+    for n, (label, runs) in enumerate(groups.items()):
+        for axis, (title, lines) in zip(axes, PANELS):
             for style, key in lines.items():
-                points = [(r["epoch"], r[key] * (100 if "%" in title else 1))
-                          for r in records if r.get(key) is not None]
-                axis.plot(*zip(*points) if points else ((), ()), style, color=f"C{n}",
-                          label=run.name if style == "-" else None)
+                epochs = [e for e, rs in enumerate(zip(*runs)) if all(r.get(key) is not None for r in rs)]
+                values = torch.tensor([[r[e][key] for e in epochs] for r in runs], dtype=torch.float64)
+                values *= 100 if "%" in title else 1                                    # (runs, epochs)
+                mean, std = values.mean(0), values.std(0, correction=min(1, len(runs) - 1))
+                axis.plot(epochs, mean, style, color=f"C{n}", label=label if style == "-" else None)
+                axis.fill_between(epochs, mean - std, mean + std, color=f"C{n}", alpha=0.2, linewidth=0)
             axis.set(title=title, xlabel="epoch")
             axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.grid(alpha=0.3)
-    axes[-1].axis("off")
-    axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center")
+        by_age = torch.tensor([row for r in runs for record in r[-(len(r) // 3):]
+                               for row in record.get("staleness", [])]).view(-1, 3)     # (rows, 3) age, ...
+        parts = by_age[by_age[:, 0].argsort(stable=True)].tensor_split(8) if len(by_age) else []
+        for k, style in ((1, "-"), (2, ":")):
+            axes[-1].plot(*([part[:, i].mean() for part in parts if len(part)] for i in (0, k)), style,
+                          color=f"C{n}")
+    axes[-1].set(title="staleness, last third of the epochs", xlabel="age in steps")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.savefig(out, dpi=100)
+
+
+def plot_against(groups, settings, out):
+    """Recall@1 of the last epoch against each of some settings, a line a method, to the file `out`.
+
+    In each panel the other settings have the value that most runs have; a method that stands at one value
+    alone, as `none` does for the memory's size, is a level line.
+    """
+    first = {label: runs[0][0]["settings"] for label, runs in groups.items()}
+    for name in settings:
+        if any(name not in of for of in first.values()):
+            raise data.UserError(f"--against {name}: the runs have no such setting")
+    figure, axes = pyplot().subplots(1, len(settings), figsize=(5 * len(settings), 4), squeeze=False,
+                                     layout="constrained")
+    usual = {name: mode([of[name] for of in first.values()]) for name in settings}
+    methods = list(dict.fromkeys(of["method"] for of in first.values()))
+    for axis, name in zip(axes[0], settings):
+        for n, method in enumerate(methods):
+            drawn = [label for label, of in first.items() if of["method"] == method
+                     and all(of[o] == usual[o] for o in settings if o != name)]
+            points = sorted((first[d][name], *mean_and_std(groups[d], "recall@1")) for d in drawn)
+            if len(points) == 1:
+                axis.axhline(points[0][1], color=f"C{n}", linestyle="--", label=method)
+            elif points:
+                x, mean, std = zip(*points)
+                axis.errorbar(x, mean, std, fmt="o-", color=f"C{n}", capsize=3, label=method)
+        others = ", ".join(f"{o.replace('_', ' ')} {usual[o]}" for o in settings if o != name)
+        axis.set(title=others, xlabel=name.replace("_", " "), ylabel="Recall@1 (%)")
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(out, dpi=100)
 
 
@@ -342,7 +422,9 @@ def parse_args(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--show", type=data.number(int, 1), metavar="N",
         help="draw the N worst queries with their neighbours to --out")
-    add("--plot", type=Path, nargs="+", metavar="RUN", help="draw the logs of runs to --out; no checkpoint")
+    add("--plot", type=Path, nargs="+", metavar="RUN",
+        help="draw the logs of runs to --out and print their means; no checkpoint")
+    add("--against", nargs="+", metavar="SETTING", help="with --plot: the last epoch over batch_size, ...")
     add("--out", type=Path, help="sheet.png with --show, plot.png with --plot")
     args = parser.parse_args(argv)
     if (args.checkpoint is None) == (args.plot is None):
@@ -352,9 +434,12 @@ def parse_args(argv=None):
 
 def run(args):
     if args.plot:
-        out = args.out or Path("plot.png")
-        plot(args.plot, out)
-        return print(f"{out}: {len(args.plot)} runs")
+        out, groups = args.out or Path("plot.png"), read_runs(args.plot)
+        plot_against(groups, args.against, out) if args.against else plot(groups, out)
+        for label, runs in groups.items():
+            print(label, f"{len(runs)} runs", *("{} {:.2f} ± {:.2f}".format(key, *mean_and_std(runs, key))
+                                                for key in ("recall@1", "map@r")), sep="  ")
+        return print(order_of_means(groups), f"{out}: {len(args.plot)} runs", sep="\n")
     model, state = rebuild(args.checkpoint)
     settings = {**state["settings"], "amp": state["settings"]["amp"] if args.device != "cpu" else "off"}
     settings.update({k: v for k, v in vars(args).items() if k in settings and k != "out" and v})

@@ -29,6 +29,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
@@ -714,6 +715,90 @@ def test_losses_equal_pytorch_metric_learning():
                                rtol=1e-5, atol=1e-6)
 
 
+def twin_run(criterion, steps=200):
+    """The losses of a small training run in float64, the same weights and batches whatever the criterion.
+
+    Noise keeps it hard: for a batch with a single mined pair of each kind the other library's loss is 0.
+    """
+    split, g = data.synthetic(classes=40, max_images=6).train, torch.Generator().manual_seed(0)
+    images = data.Images(split, 8, "none", training=True)
+    x = torch.stack([images[i][0] for i in range(len(images))]).double() / 255              # (N, 3, 8, 8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(192, 96), nn.BatchNorm1d(96), nn.ReLU(),
+                            nn.Linear(96, 32)).double()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    sampler, values = data.ClassBalancedSampler(split.labels, 32), []
+    while len(values) < steps:
+        sampler.set_epoch(len(values))
+        for batch in sampler:
+            noise = 0.2 * torch.randn(len(batch), 3, 8, 8, generator=g, dtype=x.dtype)      # (B, 3, 8, 8)
+            loss = criterion(net(x[batch] + noise), split.labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            values.append(loss.item())
+    return np.array(values[:steps])
+
+
+TWINS = [(method, loss) for method in ("none", "xbm") for loss in ("ms", "supcon")]
+
+
+def twin_differences(method, loss):
+    """|ours - pytorch-metric-learning's| of each of 200 losses of two trainings, and ours."""
+    from pytorch_metric_learning import losses, miners
+    theirs, miner = {"ms": (losses.MultiSimilarityLoss(2, 50, 0.5), miners.MultiSimilarityMiner(0.1)),
+                     "supcon": (losses.SupConLoss(0.1), miners.PairMarginMiner(0.2, 0.8))}[loss]
+    peer = losses.CrossBatchMemory(theirs, 32, memory_size=100, miner=miner)
+    ours = twin_run(CrossBatchLoss(32, 100, method, train.LOSSES[loss][0]).double())
+    return abs(ours - twin_run(peer if method == "xbm" else lambda z, y: theirs(z, y, miner(z, y)))), ours
+
+
+def test_variants_equal_the_methods_they_vary():
+    g = torch.Generator().manual_seed(0)
+    centres, batches = torch.randn(30, 8, generator=g), []
+    for _ in range(40):
+        y = torch.randperm(30, generator=g)[:4].repeat_interleave(4)
+        batches.append((centres[y] + 0.3 * torch.randn(16, 8, generator=g), y))
+    for rule, method in ((1.0, "xbn"), (0.5, "ema"), ("off", "xbm")):
+        ours, theirs = Variant((rule, rule), 8, 64, "xbn"), CrossBatchLoss(8, 64, method, momentum=0.5)
+        for z, labels in batches:
+            torch.testing.assert_close(ours(z, labels), theirs(z, labels), rtol=1e-5, atol=1e-6)
+
+
+def test_variants_measure_noise_and_correct_for_few_classes():
+    g, y = torch.Generator().manual_seed(0), torch.arange(16) // 4
+    drawn = [moments_of_classes(torch.randn(4, 6, generator=g)[y] + 0.5 * torch.randn(16, 6, generator=g), y)
+             for _ in range(2000)]                          # variance 1 between classes, 0.25 within
+    means, stds, corrected = (torch.stack(t) for t in zip(*((m, s, c) for (m, s), _, c in drawn)))
+    of_mean, of_std = torch.tensor([noises for _, noises, _ in drawn]).mean(0)
+    assert corrected.square().mean().item() == pytest.approx(1.25, rel=0.02)
+    assert stds.square().mean() < 1.1                       # the plain one is too small for four classes
+    assert of_mean.item() == pytest.approx(means.var(0).mean().item(), rel=0.03)
+    assert of_std.item() == pytest.approx(stds.var(0).mean().item(), rel=0.35)          # to first order
+
+
+def test_variants_gain_follows_the_noises():
+    for q, r in ((1e-3, 1e-2), (1e-2, 1e-3)):
+        g, state, truth, estimate = torch.Generator().manual_seed(0), torch.tensor([1.0, 0, 0]), 0.0, 0.0
+        for step in range(4000):
+            truth += math.sqrt(q) * torch.randn((), generator=g)
+            measured = truth + math.sqrt(r) * torch.randn((), generator=g)
+            K = measured_gain(state, (measured - estimate) ** 2, torch.tensor(r), rate=0.005)
+            estimate += K * (measured - estimate)
+        p = 0.0
+        for _ in range(100):
+            p, best = acbn.kalman_gain(p, 1, q, r)
+        assert K == pytest.approx(best, rel=0.3)
+
+
+@pytest.mark.parametrize("method, loss", TWINS)
+def test_training_equals_pytorch_metric_learning_step_by_step(method, loss):
+    pytest.importorskip("pytorch_metric_learning")
+    difference, losses = twin_differences(method, loss)
+    assert difference.max() < 1e-5 and losses[-20:].mean() < 0.9 * losses[:20].mean()
+
+
 def test_docstring_usage_runs():
     assert doctest.testmod(acbn).attempted > 3 and doctest.testmod(acbn).failed == 0
 
@@ -1380,7 +1465,7 @@ def test_train_is_the_same_whatever_the_number_of_workers(tmp_path, workers):
     assert strip(none) == strip(some)
     a, b = (evaluation.load_file(tmp_path / w / "checkpoint.pt") for w in ("0", workers))
     assert same(a["rng"], b["rng"])                             # or a network with dropout would differ
-    assert strip(none) != strip(tiny(tmp_path / "seed", "--seed", "1"))
+    assert strip(none)[1:] != strip(tiny(tmp_path / "seed", "--seed", "1"))[1:]
 
 
 def test_train_resumes_exactly_with_workers_deterministic_and_best_so_far(tmp_path):
@@ -1862,18 +1947,38 @@ def test_contact_sheet_shows_the_worst_queries_first():
     assert sheet.shape == (24 + 2 * 66, 5 * 44, 3)
 
 
-def test_plot_draws_runs_or_says_what_is_missing(tmp_path, monkeypatch):
-    tiny(tmp_path / "run", "--epochs", "1")
+def test_plot_groups_runs_by_their_seed_or_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    values = [tiny(tmp_path / f"a-s{seed}", "--epochs", "1", "--seed", str(seed))[-1] for seed in (0, 1)]
+    runs = [str(tmp_path / "a-s0"), str(tmp_path / "a-s1")]
+    shutil.copy(tmp_path / "a-s0" / "log.jsonl", tmp_path / "b-s0.jsonl")           # as kept in results/
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match="pip install matplotlib"):
-        evaluation.main(["--plot", str(tmp_path / "run")])
+        evaluation.main(["--plot", *runs])
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
-    run = str(tmp_path / "run")
-    evaluation.main(["--plot", run, run, "--out", str(tmp_path / "p.png")])
-    assert Image.open(tmp_path / "p.png").size == (1000, 560)
-    with pytest.raises(SystemExit, match="cannot be read as the log of a run"):
-        evaluation.main(["--plot", str(tmp_path)])
+    out = str(tmp_path / "p.png")
+    evaluation.main(["--plot", *runs, str(tmp_path / "b-s0.jsonl"), "--out", out])
+    mean, std = (f([100 * r["recall@1"] for r in values]) for f in (np.mean, partial(np.std, ddof=1)))
+    told = capsys.readouterr().out
+    assert f"a  2 runs  recall@1 {mean:.2f} ± {std:.2f}  map@r" in told and "b  1 runs" in told
+    assert Image.open(out).size == (1000, 600)
+    evaluation.main(["--plot", *runs, "--against", "batch_size", "memory_ratio", "--out", out])
+    assert Image.open(out).size == (1000, 400)
+    for words, message in ((["--plot", str(tmp_path)], "cannot be read as the log of a run"),
+                           (["--plot", *runs, "--against", "colour"], "the runs have no such setting")):
+        with pytest.raises(SystemExit, match=message):
+            evaluation.main([*words, "--out", out])
+
+
+def test_plot_tells_whether_the_order_of_the_means_changes():
+    def group(*curves):
+        return [[{"recall@1": v} for v in curve] for curve in curves]
+    flat, rising = group([0, 0.5, 0.5, 0.5, 0.4, 0.4, 0.4]), group([0, 0.1, 0.1, 0.2, 0.3, 0.5, 0.6])
+    late = group([0, 0.1, 0.3, 0.4, 0.4, 0.45, 0.5], [0, 0.3, 0.5, 0.6, 0.5, 0.45, 0.5])
+    told = evaluation.order_of_means({"flat": flat, "late": late})
+    assert told == "order of the means of Recall@1 over epochs 4 to 6: does not change"
+    told = evaluation.order_of_means({"flat": flat, "late": late, "rising": rising})
+    assert told.endswith("changes between flat and rising, late and rising")
 
 
 # ---------------------------------------------------------------- the README
@@ -1905,13 +2010,93 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
     tiny(tmp_path / "runs" / "synthetic-axbn-ms-b64-s0", "--epochs", "0")
     for k in range(9):
         jpeg(tmp_path / "photos" / f"{k}.jpg", k)
-    blocks = readme_blocks("python")
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(block, {})
+    exec(readme_blocks("python")[2], {})
+
+
+def test_paste_acbn_alone_halves_the_distance_of_stored_rows(tmp_path):
+    loss, queue, _ = readme_blocks("python")
+    scripts = [loss, *(loss.replace('"xbn"', f'"{method}"') for method in ("axbn", "xbm")),
+               queue, re.sub(r".*match_moments\(.*\n", "", queue)]
+    shutil.copy(HERE / "acbn.py", tmp_path)
+    for k, source in enumerate(scripts):
+        (tmp_path / f"{k}.py").write_text(source)
+    run_all = "import sys, runpy; sys.path.append('.'); [runpy.run_path(f'{k}.py') for k in range(5)]"
+    done = subprocess.run([sys.executable, "-I", "-c", run_all],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    xbn, axbn, xbm, matched, plain = map(float, re.findall(r"\d\.\d\d", done.stdout))
+    assert xbn <= xbm / 2 and axbn <= xbm / 2 and matched <= plain / 2
+    text = (HERE / "README.md").read_text().replace("\n", " ")
+    assert f"prints {xbn:.2f}, and {xbm:.2f}" in text and f": {matched:.2f} here, and {plain:.2f}" in text
 
 
 # ---------------------------------------------------------------- python test_acbn.py: too long for a test
+
+class Variant(CrossBatchLoss):
+    """An adapting method whose mean and deviation each have a rule of their own. A rule is a constant gain;
+    "off", the memory keeps its own; "measured", a Kalman filter whose noises are found from the data; for
+    the deviation also "classes", the batch's, corrected for the few classes that it consists of.
+    """
+
+    def __init__(self, rules, *args):
+        super().__init__(*args)
+        self.rules = rules                                      # (of the mean, of the deviation)
+        self.register_buffer("filters", torch.tensor([[1.0, 0.0, 0.0]] * 2))    # (2, 3) p, S, r of each
+
+    def forward(self, z, y, ids=None):
+        self.y = y
+        return super().forward(z, y, ids)
+
+    def adapt(self, z):
+        moments, noises, corrected = moments_of_classes(z, self.y)
+        if len(self.memory) > 1 and not self.memory.known:
+            self.memory.know(*acbn.moments(self.memory.embeddings))
+        target = []
+        for rule, k, r, own in zip(self.rules, (0, 1), noises, (self.memory.mean, self.memory.std)):
+            estimate, measured = (self.mean, self.std)[k], corrected if rule == "classes" else moments[k]
+            if self.filter_step == 0:
+                estimate.copy_(measured)
+            gain = {"off": 0.0, "classes": 1.0}.get(rule) if isinstance(rule, str) else rule
+            if rule == "measured":
+                gain = measured_gain(self.filters[k], (measured - estimate).square().mean(), r)
+            estimate.lerp_(measured, gain)
+            target.append(own.clone() if rule == "off" else estimate)
+            self.gain = gain if k == 0 else self.gain
+        self.filter_step += 1
+        self.memory.match(*target)
+
+
+def moments_of_classes(z, y):
+    """Of a batch z (B, D) of P classes y (B,) drawn at random, since one class's images hang together:
+    (mean, std), the variances of their errors as estimates of the data set's by the jackknife over classes,
+    averaged over D, and the std that has no bias from P being small. ((D,), (D,)), ((), ()), (D,).
+    """
+    classes = y.unique()                                                                        # (P,)
+    without = [acbn.moments(z[y != c]) for c in classes]
+    noises = [((len(classes) - 1) ** 2 / len(classes) * torch.stack(m).var(0)).mean() for m in zip(*without)]
+    centres = torch.stack([z[y == c].mean(0) for c in classes])                                 # (P, D)
+    within = torch.stack([z[y == c].var(0, correction=0) for c in classes]).mean(0)             # (D,)
+    return acbn.moments(z), noises, (within + centres.var(0)).sqrt()
+
+
+def measured_gain(state, innovation, r, rate=0.02):
+    """Innovation matching (Mehra 1972): S, the running mean of squared innovations, should be p + q + r. So
+    q = max(S - r - p, 0); then Algorithm 1, lines 1-3. state (3,): p, S, r; written."""
+    p, S, noise = state.tolist()
+    S, noise = (S + rate * (innovation - S), noise + rate * (r - noise)) if noise else (innovation, r)
+    S, noise = float(S), float(noise)
+    p = p + max(S - noise - p, 0)
+    K = p / (p + noise)
+    state.copy_(torch.tensor([(1 - K) * p, S, noise]))
+    return K
+
+
+def variant(mean, std, flags):
+    """`train.py` with the rules of Variant in the place of its method, say: variant 1 0.2 --method xbn."""
+    rules = tuple(r if r in ("off", "measured", "classes") else float(r) for r in (mean, std))
+    acbn.CrossBatchLoss = partial(Variant, rules)
+    train.main(flags)
+
 
 def rehearsal(root):
     """Writes 120,053 drawn JPEGs of 32 x 32 in the exact layout and counts of Stanford Online Products."""
@@ -2171,7 +2356,16 @@ if __name__ == "__main__":
         sys.exit(faults(*map(int, words[2:])))
     elif words[:1] == ["rehearsal"] and len(words) == 2:
         rehearsal(words[1])
+    elif words == ["twin"]:
+        from pytorch_metric_learning import __version__
+        print(f"pytorch-metric-learning {__version__}, torch {torch.__version__}, 200 steps in float64")
+        table(("method", "loss", "greatest difference"),
+              *((*pair, float(twin_differences(*pair)[0].max())) for pair in TWINS))
+    elif words[:1] == ["variant"] and len(words) > 2:
+        variant(*words[1:3], words[3:])
     else:
         sys.exit("usage: python test_acbn.py bench [step|recall|loader|gpu]   prints tables\n"
                  "       python test_acbn.py faults [--kills 20]           writes results/reliability.md\n"
-                 "       python test_acbn.py rehearsal DIR                 writes a stand-in for SOP")
+                 "       python test_acbn.py rehearsal DIR                 writes a stand-in for SOP\n"
+                 "       python test_acbn.py twin                          beside pytorch-metric-learning\n"
+                 "       python test_acbn.py variant MEAN STD FLAGS        train.py, a rule for each moment")

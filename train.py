@@ -495,7 +495,7 @@ def train(args):
         say(f"continuing {out} after epoch {epoch}")
     else:
         train_head(run["model"], run["batches"], run["sampler"], args)
-        finish_epoch(run, 0, {})
+        finish_epoch(run, 0, {"settings": {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}})
     run["model"].train()
     for epoch in range(epoch + 1, args.epochs + 1):
         finish_epoch(run, epoch, train_epoch(run, epoch))
