@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The model, its embeddings, and how good they are: Recall@K and MAP@R.
 
-    python eval.py runs/synthetic-axbn-ms-b64-s0/checkpoint.pt      rebuilds the model from that file alone
+    python eval.py runs/synthetic-axbn-ms-b16-s0/checkpoint.pt      rebuilds the model from that file alone
 
 recall_at_k and map_at_r are exact and work in chunks. A query is excluded from its own search by its index,
 never by its similarity; a tie with another class counts against it; one without any match is a miss.
@@ -362,17 +362,17 @@ def plot(groups, out):
                 epochs = [e for e, rs in enumerate(zip(*runs)) if all(r.get(key) is not None for r in rs)]
                 values = torch.tensor([[r[e][key] for e in epochs] for r in runs], dtype=torch.float64)
                 values *= 100 if "%" in title else 1                                    # (runs, epochs)
-                mean, std = values.mean(0), values.std(0, correction=min(1, len(runs) - 1))
+                mean = values.mean(0)
+                std = values.std(0, correction=min(1, len(runs) - 1)) if epochs else mean
                 axis.plot(epochs, mean, style, color=f"C{n}", label=label if style == "-" else None)
                 axis.fill_between(epochs, mean - std, mean + std, color=f"C{n}", alpha=0.2, linewidth=0)
             axis.set(title=title, xlabel="epoch")
             axis.xaxis.get_major_locator().set_params(integer=True)
         by_age = torch.tensor([row for r in runs for record in r[-(len(r) // 3):]
                                for row in record.get("staleness", [])]).view(-1, 3)     # (rows, 3) age, ...
-        parts = by_age[by_age[:, 0].argsort(stable=True)].tensor_split(8) if len(by_age) else []
+        means = [by_age[by_age[:, 0] == age].mean(0) for age in by_age[:, 0].unique()]      # each (3,)
         for k, style in ((1, "-"), (2, ":")):
-            axes[-1].plot(*([part[:, i].mean() for part in parts if len(part)] for i in (0, k)), style,
-                          color=f"C{n}")
+            axes[-1].plot([m[0] for m in means], [m[k] for m in means], style, color=f"C{n}")
     axes[-1].set(title="staleness, last third of the epochs", xlabel="age in steps")
     for axis in axes:
         axis.grid(alpha=0.3)
