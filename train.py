@@ -35,9 +35,9 @@ PAPER = dict(
     epochs=50, head_epochs=2, lr=1e-4, lr_drops=[15, 30, 45], lr_decay=0.33, weight_decay=0.01,
     memory_ratio=0.5, warmup_steps=0, gain_interval=100)        # Sec. 5.1
 SMALL = dict(
-    backbone="conv4", weights="none", augment="light", image_size=32, dim=128, batch_size=64,
-    epochs=6, head_epochs=0, lr=1e-3, lr_drops=[4, 5], lr_decay=0.33, weight_decay=0.01,
-    memory_ratio=0.5, warmup_steps=300, gain_interval=100)      # from scratch, hence the warm-up
+    backbone="conv4", weights="none", augment="light", image_size=32, dim=128, batch_size=16,
+    epochs=7, head_epochs=0, lr=3e-4, lr_drops=[4, 6], lr_decay=0.33, weight_decay=0.01,
+    memory_ratio=0.5, warmup_steps=1000, gain_interval=100)     # from scratch, hence the warm-up
 PRESETS = {"synthetic": SMALL, "sop": PAPER, "inshop": PAPER, "vehicleid": PAPER, "folder": PAPER,
            "df2": {**PAPER, "memory_ratio": 1.0, "gain_interval": 10}}
 
