@@ -437,8 +437,9 @@ def run(args):
         out, groups = args.out or Path("plot.png"), read_runs(args.plot)
         plot_against(groups, args.against, out) if args.against else plot(groups, out)
         for label, runs in groups.items():
-            print(label, f"{len(runs)} runs", *("{} {:.2f} ± {:.2f}".format(key, *mean_and_std(runs, key))
-                                                for key in ("recall@1", "map@r")), sep="  ")
+            figures = [(key, *mean_and_std(runs, key)) for key in ("recall@1", "map@r")]
+            figures = [f"{key} {mean:.2f}" + f" ± {std:.2f}" * (len(runs) > 1) for key, mean, std in figures]
+            print(label, f"runs {len(runs)}", *figures, sep="  ")
         return print(order_of_means(groups), f"{out}: {len(args.plot)} runs", sep="\n")
     model, state = rebuild(args.checkpoint)
     settings = {**state["settings"], "amp": state["settings"]["amp"] if args.device != "cpu" else "off"}
