@@ -320,17 +320,22 @@ def read_runs(paths):
     return {name if clear else f"{parent}/{name}": runs for (parent, name), runs in groups.items()}
 
 
-def mean_and_std(runs, key, epoch=-1):
-    """Of one figure over runs, in percent; the deviation of a single run is 0."""
-    values = torch.tensor([100 * records[epoch][key] for records in runs], dtype=torch.float64)     # (n,)
-    return values.mean().item(), values.std(correction=min(1, len(runs) - 1)).item()
+def mean_and_std(values):
+    """Of a list of one figure a run, or of lists (runs, n), over the runs; the deviation of one run is 0."""
+    values = torch.tensor(values, dtype=torch.float64)                                      # (runs, ...)
+    mean = values.mean(0)
+    return mean, values.std(0, correction=min(1, len(values) - 1)) if values.numel() else mean
+
+
+def in_percent(runs, key, epoch=-1):
+    return [100 * records[epoch][key] for records in runs]
 
 
 def order_of_means(groups):
     """A sentence: do the means of Recall@1 keep their order over the last third of the epochs?"""
     last = min(len(records) for runs in groups.values() for records in runs) - 1
     epochs = range(last - last // 3, last + 1)
-    means = {label: torch.tensor([mean_and_std(runs, "recall@1", e)[0] for e in epochs])
+    means = {label: torch.stack([mean_and_std(in_percent(runs, "recall@1", e))[0] for e in epochs])
              for label, runs in groups.items()}                                             # each (epochs,)
     swaps = [f"{a} and {b}" for a, b in combinations(means, 2) if (means[a] > means[b]).unique().numel() > 1]
     return (f"order of the means of Recall@1 over epochs {epochs[0]} to {last}: "
@@ -360,10 +365,8 @@ def plot(groups, out):
         for axis, (title, lines) in zip(axes, PANELS):
             for style, key in lines.items():
                 epochs = [e for e, rs in enumerate(zip(*runs)) if all(r.get(key) is not None for r in rs)]
-                values = torch.tensor([[r[e][key] for e in epochs] for r in runs], dtype=torch.float64)
-                values *= 100 if "%" in title else 1                                    # (runs, epochs)
-                mean = values.mean(0)
-                std = values.std(0, correction=min(1, len(runs) - 1)) if epochs else mean
+                scale = 100 if "%" in title else 1
+                mean, std = mean_and_std([[scale * r[e][key] for e in epochs] for r in runs])
                 axis.plot(epochs, mean, style, color=f"C{n}", label=label if style == "-" else None)
                 axis.fill_between(epochs, mean - std, mean + std, color=f"C{n}", alpha=0.2, linewidth=0)
             axis.set(title=title, xlabel="epoch")
@@ -398,7 +401,7 @@ def plot_against(groups, settings, out):
         for n, method in enumerate(methods):
             drawn = [label for label, of in first.items() if of["method"] == method
                      and all(of[o] == usual[o] for o in settings if o != name)]
-            points = sorted((first[d][name], *mean_and_std(groups[d], "recall@1")) for d in drawn)
+            points = sorted((first[d][name], *mean_and_std(in_percent(groups[d], "recall@1"))) for d in drawn)
             if len(points) == 1:
                 axis.axhline(points[0][1], color=f"C{n}", linestyle="--", label=method)
             elif points:
@@ -437,7 +440,7 @@ def run(args):
         out, groups = args.out or Path("plot.png"), read_runs(args.plot)
         plot_against(groups, args.against, out) if args.against else plot(groups, out)
         for label, runs in groups.items():
-            figures = [(key, *mean_and_std(runs, key)) for key in ("recall@1", "map@r")]
+            figures = [(key, *mean_and_std(in_percent(runs, key))) for key in ("recall@1", "map@r")]
             figures = [f"{key} {mean:.2f}" + f" ± {std:.2f}" * (len(runs) > 1) for key, mean, std in figures]
             print(label, f"runs {len(runs)}", *figures, sep="  ")
         return print(order_of_means(groups), f"{out}: {len(args.plot)} runs", sep="\n")

@@ -2057,9 +2057,10 @@ class Variant(CrossBatchLoss):
             estimate, measured = (self.mean, self.std)[k], corrected if rule == "classes" else moments[k]
             if self.filter_step == 0:
                 estimate.copy_(measured)
-            gain = {"off": 0.0, "classes": 1.0}.get(rule) if isinstance(rule, str) else rule
             if rule == "measured":
                 gain = measured_gain(self.filters[k], (measured - estimate).square().mean(), r)
+            else:
+                gain = {"off": 0.0, "classes": 1.0}.get(rule, rule)
             estimate.lerp_(measured, gain)
             target.append(own.clone() if rule == "off" else estimate)
             self.gain = gain if k == 0 else self.gain
