@@ -432,6 +432,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if (args.checkpoint is None) == (args.plot is None):
         parser.error("expected a checkpoint, or --plot with the folders of runs")
+    if args.against and not args.plot:
+        parser.error("--against needs --plot with the folders of runs")
     return args
 
 

@@ -4,6 +4,7 @@
 Tests named test_memory_... and test_losses_... after the faults they guard against follow the order in
 which such faults are usually met in public code.
 """
+import argparse
 import collections
 import contextlib
 import doctest
@@ -764,6 +765,13 @@ def test_variants_equal_the_methods_they_vary():
         ours, theirs = Variant((rule, rule), 8, 64, "xbn"), CrossBatchLoss(8, 64, method, momentum=0.5)
         for z, labels in batches:
             torch.testing.assert_close(ours(z, labels), theirs(z, labels), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("words", [["2", "1"], ["classes", "1"], ["1", "fast"], ["1"]])
+def test_variants_of_wrong_rules_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        variant(words)
+    assert "test_acbn.py variant: error: " in capsys.readouterr().err
 
 
 def test_variants_measure_noise_and_correct_for_few_classes():
@@ -1966,7 +1974,8 @@ def test_plot_groups_runs_by_their_seed_or_says_what_is_missing(tmp_path, monkey
     evaluation.main(["--plot", *runs, "--against", "batch_size", "memory_ratio", "--out", out])
     assert Image.open(out).size == (1000, 400)
     for words, message in ((["--plot", str(tmp_path)], "cannot be read as the log of a run"),
-                           (["--plot", *runs, "--against", "colour"], "the runs have no such setting")):
+                           (["--plot", *runs, "--against", "colour"], "the runs have no such setting"),
+                           (["best.pt", "--against", "dim"], "2")):        # says so on stderr
         with pytest.raises(SystemExit, match=message):
             evaluation.main([*words, "--out", out])
 
@@ -2093,11 +2102,20 @@ def measured_gain(state, innovation, r, rate=0.02):
     return K
 
 
-def variant(mean, std, flags):
-    """`train.py` with the rules of Variant in the place of its method, say: variant 1 0.2 --method xbn."""
-    rules = tuple(r if r in ("off", "measured", "classes") else float(r) for r in (mean, std))
-    acbn.CrossBatchLoss = partial(Variant, rules)
-    train.main(flags)
+def variant(words):
+    """`train.py` with the rules of Variant in the place of its method: variant 1 0.2 --batch-size 16 ..."""
+    def rule(*names):
+        def rule(text):
+            if text not in names and not 0 <= float(text) <= 1:
+                raise argparse.ArgumentTypeError(f"must be a gain from 0 to 1 or one of {names}, got {text}")
+            return text if text in names else float(text)
+        return rule
+    parser = argparse.ArgumentParser("test_acbn.py variant", description=Variant.__doc__, allow_abbrev=False)
+    parser.add_argument("mean", type=rule("off", "measured"))
+    parser.add_argument("std", type=rule("off", "measured", "classes"))
+    args, flags = parser.parse_known_args(words)
+    acbn.CrossBatchLoss = partial(Variant, (args.mean, args.std))
+    train.main(["--method", "xbn", *flags])
 
 
 def rehearsal(root):
@@ -2363,8 +2381,8 @@ if __name__ == "__main__":
         print(f"pytorch-metric-learning {__version__}, torch {torch.__version__}, 200 steps in float64")
         table(("method", "loss", "greatest difference"),
               *((*pair, float(twin_differences(*pair)[0].max())) for pair in TWINS))
-    elif words[:1] == ["variant"] and len(words) > 2:
-        variant(*words[1:3], words[3:])
+    elif words[:1] == ["variant"]:
+        variant(words[1:])
     else:
         sys.exit("usage: python test_acbn.py bench [step|recall|loader|gpu]   prints tables\n"
                  "       python test_acbn.py faults [--kills 20]           writes results/reliability.md\n"
