@@ -445,7 +445,9 @@ def run(args):
             figures = [(key, *mean_and_std(in_percent(runs, key))) for key in ("recall@1", "map@r")]
             figures = [f"{key} {mean:.2f}" + f" ± {std:.2f}" * (len(runs) > 1) for key, mean, std in figures]
             print(label, f"runs {len(runs)}", *figures, sep="  ")
-        return print(order_of_means(groups), f"{out}: {len(args.plot)} runs", sep="\n")
+        if not args.against:
+            print(order_of_means(groups))
+        return print(f"{out}: {len(args.plot)} runs")
     model, state = rebuild(args.checkpoint)
     settings = {**state["settings"], "amp": state["settings"]["amp"] if args.device != "cpu" else "off"}
     settings.update({k: v for k, v in vars(args).items() if k in settings and k != "out" and v})

@@ -1348,6 +1348,16 @@ def test_train_diagnostics_leave_no_trace(tmp_path):
     assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
 
 
+@pytest.mark.parametrize("rows", [8, 31, 32, 33, 100])
+def test_train_staleness_is_of_rows_that_are_still_there(rows):
+    run = train.build(train.parse_args([*TINY, "--method", "xbm", "--batch-size", "8"]))
+    run["criterion"] = CrossBatchLoss(run["args"].dim, rows, "xbm", run["probe"])
+    run["probe"].every = 3
+    ages = train.train_epoch(run, 1)["staleness"]
+    assert bool(ages) == (rows >= 32)                   # 31 rows do not stay for three steps after their own
+    assert all(stored == pytest.approx(adapted) and age <= rows // 8 - 1 for age, stored, adapted in ages)
+
+
 def test_train_fills_the_memory_and_leaves_the_network_alone():
     run = train.build(train.parse_args(TINY))
     model, criterion = run["model"].train(), run["criterion"]

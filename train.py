@@ -206,14 +206,16 @@ class Probe:
                      spread=z.std(0, correction=0).norm().item())         # 0: collapsed, 1: about the origin
             memory = criterion.memory
             if self.rows:
-                then, old_x, stored, slots = self.rows
+                then, until, old_x, stored, slots = self.rows
                 fresh = embed_again(old_x)                                  # (B, D)
                 adapted = acbn.normalize(memory.stored_embeddings[slots])   # (B, D)
                 distance = [(fresh - old).norm(dim=1).mean().item() for old in (stored, adapted)]
                 self.add(staleness=[step - then, *distance])            # age in steps, as stored, as adapted
-            if len(memory) and (not self.rows or (step + self.every - then + 1) * b * world > memory.size):
+            if not self.rows or step + self.every > until:      # by then the queue has overwritten the rows
+                until = step + memory.size // (b * world) - 1
                 slots = memory.pointer - (world - rank) * b + torch.arange(b, device=z.device)      # (b,)
-                self.rows = step, x, z, slots % memory.size   # followed until the queue would overwrite them
+                follow = len(memory) and step + self.every <= until
+                self.rows = (step, until, x, z, slots % memory.size) if follow else None
 
     def take(self):
         """The epoch's means; staleness also by age, as a list of [age, as stored, as adapted]."""
@@ -430,7 +432,8 @@ def build(args):
     if args.sync_bn and ranks()[1] > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     torch.manual_seed(args.seed + ranks()[0])       # the same weights everywhere, but each its own dropout
-    probe = Probe(max(1, min(50, len(sampler) // 6)), *LOSSES[args.loss])
+    stay = rows // args.batch_size                  # so many steps a row stays in the memory
+    probe = Probe(max(1, min(50, len(sampler) // 6, max(10, stay - 1))), *LOSSES[args.loss])
     criterion = acbn.CrossBatchLoss(args.dim, rows if args.method != "none" else 1, args.method, probe,
                                     args.process_noise, args.measurement_noise, args.gain_interval,
                                     args.momentum, args.warmup_steps).to(args.device)
