@@ -206,16 +206,15 @@ class Probe:
                      spread=z.std(0, correction=0).norm().item())         # 0: collapsed, 1: about the origin
             memory = criterion.memory
             if self.rows:
-                then, until, old_x, stored, slots = self.rows
+                then, old_x, stored, slots = self.rows
                 fresh = embed_again(old_x)                                  # (B, D)
                 adapted = acbn.normalize(memory.stored_embeddings[slots])   # (B, D)
                 distance = [(fresh - old).norm(dim=1).mean().item() for old in (stored, adapted)]
                 self.add(staleness=[step - then, *distance])            # age in steps, as stored, as adapted
-            if not self.rows or step + self.every > until:      # by then the queue has overwritten the rows
-                until = step + memory.size // (b * world) - 1
+            stay = memory.size // (b * world)           # after so many steps the queue has overwritten a row
+            if not self.rows or step + self.every - self.rows[0] >= stay:
                 slots = memory.pointer - (world - rank) * b + torch.arange(b, device=z.device)      # (b,)
-                follow = len(memory) and step + self.every <= until
-                self.rows = (step, until, x, z, slots % memory.size) if follow else None
+                self.rows = (step, x, z, slots % memory.size) if len(memory) and self.every < stay else None
 
     def take(self):
         """The epoch's means; staleness also by age, as a list of [age, as stored, as adapted]."""
