@@ -3,24 +3,30 @@
 
     python data.py --dataset sop --root DIR             what the lists say, split by split, in seconds
     python data.py --dataset sop --root DIR --check     opens every image and lists the bad ones
+    python data.py --dataset sop --download             fetches it (3.1 GB) and unpacks it into data/
 
 A data set is one function that returns splits and one row in DATASETS. Images are files, or rows of a uint8
 array; labels are int64. Everything random takes a seed.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
+from urllib.error import URLError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -113,7 +119,7 @@ def split(images, labels, boxes=None):
 def table(path, header=None, skip=0):
     """(line number, words) of a list file's rows: as many as in the header, line skip + 1, or two."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
     if header and (len(lines) <= skip or lines[skip].split() != header.split()):
@@ -173,7 +179,7 @@ def inshop(root):
                             f", found '{name[:80]} {item[:20]} {status[:20]}'")
         rows[status][0].append(str(images / name.removeprefix("img/")))
         rows[status][1].append(whole(item.removeprefix("id_"), path, line))
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         said = whole(file.readline().strip(), path, 1)
     found = sum(len(labels) for _, labels in rows.values())
     if said != found:
@@ -209,7 +215,7 @@ def df2(root, df2_labels="paper"):
 def df2_items(path):
     """(image, source, (pair_id, category_id, style), box) of every item of one annotation."""
     try:
-        anno = json.loads(path.read_text(encoding="utf-8"))
+        anno = json.loads(path.read_text(encoding="utf-8-sig"))
         image, source = str(path.parent.parent / "image" / f"{path.stem}.jpg"), anno["source"]
         items = [anno[key] for key in sorted(anno) if key.startswith("item")]
         out = [(image, source, (int(anno["pair_id"]), int(item["category_id"]), int(item["style"])),
@@ -222,19 +228,42 @@ def df2_items(path):
         raise UserError(f"{path}: not a DeepFashion2 annotation ({type(error).__name__}: {error})") from None
 
 
+class CleanFolder(ImageFolder):
+    """torchvision's ImageFolder without the by-products of other programs: names that begin with a dot,
+    __MACOSX, and files that are no images by their extension.
+    """
+
+    def __init__(self, root):
+        super().__init__(root, is_valid_file=self.is_image)
+
+    def find_classes(self, directory):
+        found, _ = super().find_classes(directory)
+        names = [name for name in found if not name.startswith((".", "__MACOSX"))]
+        return names, {name: label for label, name in enumerate(names)}
+
+    def is_image(self, path):
+        inside = Path(path).relative_to(self.root).parts
+        return path.lower().endswith(IMG_EXTENSIONS) and not any(part.startswith(".") for part in inside)
+
+
 def folder(root):
-    """One folder a class: root/{train,test}/<class>/*, or root/<class>/*, of which the first half trains."""
+    """One folder a class: root/{train,test}/<class>/* (or val/ for test/), or root/<class>/*, of which the
+    first half trains and the rest tests.
+    """
     def read(path):
         try:
-            samples = ImageFolder(path).samples
+            samples = CleanFolder(path).samples
         except FileNotFoundError as error:      # no root, no class folder, or one without an image
-            raise UserError(f"nothing of 'folder' in {path} ({error}); expected under --root:\n"
-                            f"{DATASETS['folder'].tree}") from None
+            raise missing("folder", path, str(error)) from None
+        others = sum(len(files) for _, _, files in os.walk(path, followlinks=True)) - len(samples)
+        if others:
+            print(f"note: {others} files in {path} left out: no images by their names", file=sys.stderr)
         return split([path for path, _ in samples], [label for _, label in samples])
 
     root = Path(root)
-    if (root / "train").is_dir() and (root / "test").is_dir():
-        return Splits(read(root / "train"), read(root / "test"))
+    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if (root / "train").is_dir() and test:
+        return Splits(read(root / "train"), read(test))
     images, y, _ = read(root)
     n = int((y < (int(y.max()) + 1) // 2).sum())        # classes are sorted, so the first half comes first
     return Splits(Split(images[:n], y[:n]), Split(images[n:], y[n:]))
@@ -245,8 +274,15 @@ def find(root, name, *candidates):
     for candidate in candidates:
         if (Path(root) / candidate).exists():
             return Path(root) / candidate
-    raise UserError(f"nothing of '{name}' in {root}: no {candidates[0]} there; expected under --root:\n"
-                    f"{DATASETS[name].tree}")
+    raise missing(name, root, f"no {candidates[0]} there")
+
+
+def missing(name, root, what):
+    """The error that shows what is expected under a root, and where it is to be had."""
+    row = DATASETS[name]
+    get = f"python data.py --dataset {name} --download --root {root}" if row.archive else row.page
+    return UserError(f"nothing of '{name}' in {root} ({what}); expected under --root:\n{row.tree}"
+                     + f"\nto be had by: {get}" * bool(get))
 
 
 # ---------------------------------------------------------------- the table of data sets
@@ -258,28 +294,37 @@ class Row(NamedTuple):
     options: tuple = ()     # flags that its function takes
     sure: bool = True       # False: the numbers of classes have one source that could not be checked
     tree: str = "    (nothing: drawn from a seed)"      # what lies under --root
+    page: str = ""          # where people get it
+    archive: tuple = ()     # where a program gets it: address, MD5, size
 
 
 DATASETS = {
     "synthetic": Row(synthetic, (1, 10, 100, 1000), {}, ("classes", "max_images", "image_size")),
     "sop": Row(sop, (1, 10, 100, 1000), {"train": (59551, 11318), "query": (60502, 11316)}, tree="""\
     Stanford_Online_Products/Ebay_train.txt and Ebay_test.txt
-    Stanford_Online_Products/bicycle_final/111085122871_0.JPG ... (12 folders *_final)"""),
+    Stanford_Online_Products/bicycle_final/111085122871_0.JPG ... (12 folders *_final)""",
+               page="https://cvgl.stanford.edu/projects/lifted_struct/",
+               archive=("http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip",
+                        "7f73d41a2f44250d4779881525aea32e", "3.1 GB")),
     "inshop": Row(inshop, (1, 10, 20, 30, 40, 50),
                   {"train": (25882, 3997), "query": (14218, 3985), "gallery": (12612, 3985)}, tree="""\
     In-shop Clothes Retrieval Benchmark/Eval/list_eval_partition.txt (or in Anno/, or beside the images)
     In-shop Clothes Retrieval Benchmark/Img/img/WOMEN/Dresses/id_00000002/02_1_front.jpg ...
-        (or img/ without Img/, or img_highres/ in place of img/)"""),
+        (or img/ without Img/, or img_highres/ in place of img/)""",
+                  page="https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html"),
     "df2": Row(df2, (1, 5, 10, 15, 20),
                {"train": (217778, 31517), "query": (12377, 3128), "gallery": (36961, 7059)},
                ("df2_labels",), sure=False, tree="""\
     train/annos/000001.json, train/image/000001.jpg ... (or nested once more, train/train/...)
-    validation/annos/000001.json, validation/image/000001.jpg ..."""),
+    validation/annos/000001.json, validation/image/000001.jpg ...""",
+               page="https://github.com/switchablenorms/DeepFashion2 (password by form)"),
     "vehicleid": Row(vehicleid, (1, 5), {"train": (None, 13164)}, ("test_list",), tree="""\
     VehicleID_V1.0/train_test_split/train_list.txt, test_list_800.txt, test_list_1600.txt, test_list_2400.txt
-    VehicleID_V1.0/image/0000001.jpg ..."""),
+    VehicleID_V1.0/image/0000001.jpg ...""",
+                     page="https://pkuml.org/resources/pku-vehicleid.html (permission by e-mail)"),
     "folder": Row(folder, (1, 2, 4, 8), {}, tree="""\
     train/<class>/*.jpg and test/<class>/*.jpg
+    (or val/ in place of test/)
     or <class>/*.jpg (the first half of the sorted classes trains, the rest tests)"""),
 }
 
@@ -305,7 +350,57 @@ def load(name, root="data", allow_partial=False, **options):
     shared = set(splits.train.labels.tolist()) & set(splits.query.labels.tolist())
     if row.counts and shared:
         raise UserError(f"{name} in {root}: class {min(shared)} is in the training and in the test list")
+    refuse_hopeless(splits, f"{name} in {root}")
     return splits
+
+
+def refuse_hopeless(splits, where):
+    """Splits on which nothing can be learnt or measured are an error before any work."""
+    query, gallery = splits.query, splits.gallery or splits.query
+    counts = gallery.labels.unique(return_counts=True)[1]
+    if len(splits.train.labels.unique()) < 2:
+        raise UserError(f"{where}: the train split has one class, and two are needed to tell them apart")
+    if len(gallery.labels) < 3 or len(counts) < 2:
+        raise UserError(f"{where}: the images to search are {len(gallery.labels)} of {len(counts)} classes; "
+                        "at least 3 of 2 classes are needed to measure anything")
+    to_find = counts > 1 if splits.gallery is None else torch.isin(query.labels, gallery.labels)
+    if not to_find.any():
+        raise UserError(f"{where}: no image of the test split has another one of its class to find")
+
+
+def names(splits):
+    """{split: the names of its images}, relative to the folder that holds all of them."""
+    found = {name: part.images for name, part in zip(splits._fields, splits) if part is not None}
+    paths = [path for images in found.values() if isinstance(images, list) for path in images]
+    base = os.path.commonpath(map(os.path.dirname, paths)) if paths else ""
+    return {name: [Path(os.path.relpath(path, base)).as_posix() for path in images]
+            if isinstance(images, list) else [f"drawn/{k}" for k in range(len(images))]
+            for name, images in found.items()}
+
+
+def fingerprint(splits):
+    """{split: what tells it from another}: numbers, and a hash of its names (or pixels), labels and boxes."""
+    prints = {}
+    for name, called in names(splits).items():
+        images, labels, boxes = part = getattr(splits, name)
+        content = "\n".join(called).encode() if isinstance(images, list) else images.tobytes()
+        for array in part[1:]:
+            content += b"" if array is None else array.numpy().tobytes()
+        prints[name] = {"images": len(labels), "classes": len(labels.unique()),
+                        "hash": hashlib.sha256(content).hexdigest()[:16]}
+    return prints
+
+
+def refuse_other_data(path, then, now):
+    """Says in one sentence how the data differ from those that the checkpoint `path` was made with."""
+    for name in dict.fromkeys([*then, *now]):
+        old, new = then.get(name), now.get(name)
+        if old != new:
+            words = [f"{part['images']} images of {part['classes']} classes" if part else "nothing"
+                     for part in (old, new)]
+            what = (f"had {words[0]}, now it has {words[1]}" if words[0] != words[1] else
+                    f"has {words[1]} as before, but other names, labels or pixels")
+            raise UserError(f"{path}: was made with other data: the {name} split {what}")
 
 
 def load_for(settings, allow_partial):
@@ -321,6 +416,8 @@ def describe(splits):
             counts = part.labels.unique(return_counts=True)[1]
             yield (f"{name:8} {len(part.labels):7} images {len(counts):6} classes, "
                    f"{int(counts.min())} to {int(counts.max())} images each")
+            if name == "train" and counts.min() == 1:
+                yield f"train    {int((counts == 1).sum()):7} classes of one image: batches repeat it"
             empty = 0 if part.boxes is None else int((part.boxes[:, 2:] <= part.boxes[:, :2]).any(1).sum())
             if empty:
                 yield f"{name:8} {empty:7} boxes without area: the whole image is taken"
@@ -364,8 +461,7 @@ def open_image(item, size=None, cut=None, box=None):
     """
     try:
         with Image.fromarray(item) if isinstance(item, np.ndarray) else Image.open(item) as image:
-            if image.getexif().get(0x0112, 1) != 1:
-                image = ImageOps.exif_transpose(image)
+            image = turned(image)
             if size is not None:
                 width, height = image.size
                 x0, y0, x1, y1 = clamp(box, width, height)
@@ -374,17 +470,38 @@ def open_image(item, size=None, cut=None, box=None):
                 least = size / min(right - left, bottom - top)              # of the file's resolution
                 drafted = image.draft(None, (math.ceil(width * least), math.ceil(height * least)))
                 sx, sy = (drafted[1][2] / width, drafted[1][3] / height) if drafted else (1, 1)
-            if image.mode == "I" or image.mode.startswith("I;16"):          # convert() clips 16 bits to 8
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            image = image.convert("RGB")
+            image = in_colour(image)
             if size is None:
                 return image
             right, bottom = min(part[2] * sx, image.width), min(part[3] * sy, image.height)
             part = (part[0] * sx, part[1] * sy, right, bottom)              # in the decoded pixels
             return image.resize((size, size), Image.Resampling.BILINEAR, box=part)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+    except Exception as error:                  # broken files make the image library raise anything
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error) or repr(error)
         raise UserError(f"{item}: cannot be read as an image ({reason})") from None
+
+
+TURNS = dict(zip(range(2, 9), (
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90)))
+
+
+def turned(image):
+    """The image as its EXIF data say it is held, where they can be read."""
+    try:
+        turn = TURNS.get(image.getexif().get(0x0112))
+    except Exception:                           # broken EXIF data are no reason to refuse the picture
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def in_colour(image):
+    """In RGB, as torchvision's loader has it, but 16-bit greys scaled to 8 bits where PIL would clip them."""
+    deep = image.mode.startswith("I;16") or image.mode == "I" and image.getextrema()[1] > 255
+    if deep:
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def clamp(box, width, height):
@@ -594,7 +711,7 @@ def add_flags(add, default=None):
     """The flags that say which data, for every script."""
     add("--dataset", choices=DATASETS, default=default, help="its preset sets train.py's 'preset' flags")
     add("--root", default="data" if default else None, help="the folder with the unpacked archive (data)")
-    add("--allow-partial", action="store_true", help="other than official counts are a warning")
+    add("--allow-partial", action="store_true", help="only warn where counts differ from the official ones")
     add("--test-list", choices=("small", "medium", "large"), default="small" if default else None,
         help="vehicleid: 800, 1600 or 2400 vehicles to test on (small)")
     add("--df2-labels", choices=("paper", "official"), default="paper" if default else None,
@@ -605,16 +722,36 @@ def add_flags(add, default=None):
         help="synthetic: 3 to this many images a class (8)")
 
 
+def download(name, root):
+    """Fetches a data set's archive, checks it and unpacks it below root; nothing where that is done."""
+    row = DATASETS[name]
+    if not row.archive:
+        raise UserError(f"--download: '{name}' cannot be fetched by a program; "
+                        f"see {row.page or row.tree.strip()}")
+    address, md5, size = row.archive
+    archive = Path(root) / address.rpartition("/")[2]
+    if (Path(root) / row.tree.split()[0]).exists() and not archive.exists():
+        return print(f"{name} is in {root} already")
+    print(f"fetching {size} from {address} to {archive}, to be unpacked there", flush=True)
+    try:
+        download_and_extract_archive(address, root, md5=md5, remove_finished=True)
+    except (URLError, OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"--download: {address} could not be fetched to {archive} ({error})") from None
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="What a data set's lists say.", allow_abbrev=False)
     add_flags(parser.add_argument, "synthetic")
     parser.add_argument("--check", action="store_true", help="open every image and list the bad ones")
+    parser.add_argument("--download", action="store_true", help="fetch and unpack it first (sop)")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
+        if args.download:
+            download(args.dataset, args.root)
         splits = load_for({**vars(args), "image_size": 32}, args.allow_partial)
     except (UserError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)

@@ -2,106 +2,95 @@
 """The model, its embeddings, and how good they are: Recall@K and MAP@R.
 
     python eval.py runs/synthetic-axbn-ms-b16-s0/checkpoint.pt      rebuilds the model from that file alone
+    python eval.py CHECKPOINT --save z.npz                          keeps the embeddings, labels and names
+    python eval.py z.npz                                            scores such a file, whoever made it
 
-recall_at_k and map_at_r are exact and work in chunks. A query is excluded from its own search by its index,
-never by its similarity; a tie with another class counts against it; one without any match is a miss.
+The scores are exact. A query is left out of its own search by its index, never by its similarity; where an
+image of another class is as near as the right one, it counts as nearer; a query without any match is a miss.
 """
 import argparse
 import json
-import math
 import re
 import sys
 import zipfile
 from contextlib import nullcontext
-from itertools import combinations
 from pathlib import Path
-from statistics import mode
 from urllib.error import URLError
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 import data
 from acbn import normalize
 
-
 # ---------------------------------------------------------------- Recall@K and MAP@R
 
-@torch.no_grad()
-def positive_ranks(z, y, gallery_z=None, gallery_y=None, most=None, chunk=2 ** 26):
-    """Rank, from 1, of every query's every positive in its search: (Q, R_max) int64, ascending, 0-padded.
+def search(z, y, gallery_z=None, gallery_y=None, chunk=128):
+    """Yields, for `chunk` queries at a time, their similarities to what is searched, as two matrices (b, G):
+    those of the positives and those of the negatives, with -inf everywhere else.
 
-    z (Q, D), y (Q,): embeddings, compared by cosine, and labels of the queries; gallery_z (G, D), gallery_y
-    (G,): what is searched, None: the queries, each without itself; most: of each query only so many of the
-    nearest positives (R_max); chunk: similarities held at a time.
+    z (Q, D), y (Q,): the queries' embeddings, compared by cosine, and labels. gallery_z (G, D), gallery_y
+    (G,): what is searched; None: the queries, each without itself.
     """
     itself, z = gallery_z is None, normalize(z).float()                         # (Q, D)
     gallery_z, gallery_y = (z, y) if itself else (normalize(gallery_z).float(), gallery_y)
-    if not math.isfinite(z.sum() + gallery_z.sum()):
+    if not (z.isfinite().all() and gallery_z.isfinite().all()):
         raise ValueError("embeddings hold NaN or infinity: no neighbour is nearest")
-    G, order = len(gallery_y), gallery_y.argsort(stable=True)             # (G,) gallery rows, class by class
-    start = torch.searchsorted(gallery_y[order], y)                       # (Q,) where a query's class begins
-    count = torch.searchsorted(gallery_y[order], y, right=True) - start   # (Q,) its size
-    R_max = max(1, int(count.max()) - itself)
-    R_max = min(R_max, most or R_max)
-    ranks = z.new_zeros(len(z), R_max, dtype=torch.int64)
-    similarities = z.new_empty(min(max(1, chunk // G), len(z)), G)        # kept: a CPU pays for fresh pages
-    for rows in count.argsort(stable=True).split(len(similarities)):      # (b,) few positives first
-        C = max(1, int(count[rows].max()))
-        slot = torch.arange(C, device=z.device)                           # (C,)
-        last = start[rows, None] + count[rows, None] - 1                  # (b, 1)
-        column = order[(start[rows, None] + slot).minimum(last)]        # (b, C) its class, the last repeated
-        other = slot < count[rows, None]                                  # (b, C) True: an image
-        other = other & (column != rows[:, None]) if itself else other    # and not the query
-        sim = torch.mm(z[rows], gallery_z.T, out=similarities[:len(rows)])                  # (b, G)
-        positive = sim.gather(1, column).masked_fill(~other, -torch.inf)  # (b, C) -inf: none
-        positive = positive.sort(1, descending=True).values[:, :min(R_max, max(1, C - itself))]      # (b, R)
-        sim.scatter_(1, column, -torch.inf)                               # (b, G) only negatives are left
-        negatives = count_at_least(sim, positive)                     # (b, R) a tie counts against the query
-        R = positive.shape[1]
-        rank = negatives + torch.arange(1, R + 1, device=z.device)        # (b, R) and the positives up to it
-        ranks[rows, :R] = rank.masked_fill(positive == -torch.inf, 0)
-    return ranks
+    for rows in torch.arange(len(y), device=y.device).split(chunk):             # (b,)
+        sim = z[rows] @ gallery_z.T                                             # (b, G)
+        same = y[rows, None] == gallery_y                                       # (b, G) True: same class
+        negatives = sim.masked_fill(same, -torch.inf)                           # (b, G)
+        positives = sim.masked_fill(~same, -torch.inf)                          # (b, G)
+        if itself:
+            positives.scatter_(1, rows[:, None], -torch.inf)
+        yield positives, negatives
 
 
-def count_at_least(sim, bound):
-    """How many of each row's sim (b, G) are at least each of its bounds (b, R): (b, R) int64.
+def first_rank(positives, negatives):
+    """Rank of each query's nearest positive, from 1: (b, G), (b, G) -> (b,). Without any it is infinite."""
+    nearest = positives.amax(1, keepdim=True)                                   # (b, 1)
+    nearer = (negatives >= nearest).sum(1)                                      # (b,) a tie counts against
+    return (1.0 + nearer).masked_fill(nearest[:, 0] == -torch.inf, torch.inf)
 
-    In float and in parts, which on a CPU stay in its cache: a tenth of the time of a sum of booleans.
+
+def average_precision(positives, negatives):
+    """Average precision at R of each query, R its number of positives (Musgrave et al., ECCV 2020):
+    1/R * sum over the positives that are among the R nearest of the precision at their rank; (b,).
     """
-    (_, G), (b, R), out = sim.shape, bound.shape, torch.empty_like(bound)
-    f = max(1, min(b, (2 ** 19 if sim.device.type == "cpu" else 2 ** 26) // (R * G)))
-    flags = sim.new_empty(f, R, G)                                        # 1.0: at least
-    for s, t, o in zip(sim.split(f), bound.split(f), out.split(f)):       # (f, G), (f, R), (f, R)
-        torch.ge(s[:, None], t[:, :, None], out=flags[:len(s)])
-        torch.sum(flags[:len(s)], 2, out=o)         # exact: float32 counts to 2^24, the gallery is smaller
-    return out.long()
+    R = (positives > -torch.inf).sum(1, keepdim=True)                           # (b, 1)
+    k = min(max(1, int(R.max())), positives.shape[1])       # what is not among the k nearest cannot count
+    p = positives.topk(k).values                                                # (b, k) nearest first
+    n = negatives.topk(k).values.flip(1)                                        # (b, k) nearest last
+    nearer = k - torch.searchsorted(n, p.contiguous())                          # (b, k) negatives, ties too
+    found = torch.arange(1, k + 1, device=p.device)                             # (k,) positives so far
+    rank = found + nearer                                                       # (b, k)
+    precision = (found / rank).masked_fill((rank > R) | (found > R), 0)         # (b, k)
+    return precision.sum(1) / R[:, 0].clamp_min(1)
 
 
-def recall_from_ranks(ranks, ks):
-    """{K: share of all queries whose first positive is among the K nearest}."""
-    first = ranks[:, 0]
-    return {k: ((first > 0) & (first <= k)).double().mean().item() for k in ks}
-
-
-def map_from_ranks(ranks):
-    """MAP@R: mean over all queries of 1/R * sum over the positives ranked at most R of their precision."""
-    R = (ranks > 0).sum(1, keepdim=True)                                    # (Q, 1)
-    found = torch.arange(1, ranks.shape[1] + 1, device=ranks.device)        # (R_max,) positives found so far
-    precision = (found / ranks.clamp_min(1).double()).masked_fill((ranks == 0) | (ranks > R), 0)
-    return (precision.sum(1) / R.squeeze(1).clamp_min(1)).mean().item()
+@torch.no_grad()
+def scores(query, gallery=(None, None), ks=(1, 10, 100, 1000), map_r=True):
+    """{"recall@K": ..., "map@r": ...}, shares in 0..1, of queries and gallery as (embeddings, labels)."""
+    ranks, precision = [], []
+    for positives, negatives in search(*query, *gallery):
+        ranks += first_rank(positives, negatives).tolist()
+        precision += average_precision(positives, negatives).tolist() if map_r else []
+    result = {f"recall@{k}": sum(rank <= k for rank in ranks) / len(ranks) for k in ks}
+    return {**result, "map@r": sum(precision) / len(precision)} if map_r else result
 
 
 def recall_at_k(z, y, ks=(1, 10, 100, 1000), gallery_z=None, gallery_y=None):
-    """Recall@K of embeddings z (Q, D) with labels y (Q,), {K: share in 0..1}; see positive_ranks."""
-    return recall_from_ranks(positive_ranks(z, y, gallery_z, gallery_y, most=1), ks)
+    """{K: share of the queries with an image of their class among the K nearest}; see `search`."""
+    found = scores((z, y), (gallery_z, gallery_y), ks, map_r=False)
+    return {k: found[f"recall@{k}"] for k in ks}
 
 
 def map_at_r(z, y, gallery_z=None, gallery_y=None):
-    """Mean average precision at R, the number of a query's positives (Musgrave et al., ECCV 2020)."""
-    return map_from_ranks(positive_ranks(z, y, gallery_z, gallery_y))
+    """Mean over the queries of their `average_precision`; see `search`."""
+    return scores((z, y), (gallery_z, gallery_y), ks=())["map@r"]
 
 
 # ---------------------------------------------------------------- the model
@@ -118,9 +107,13 @@ def conv4(batch_norm=True, widths=(48, 96, 192, 256)):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, S, S) uint8 -> embeddings (B, D), not normalised: backbone, then one linear `head`."""
+    """Images (B, 3, S, S) uint8 -> embeddings (B, D), not normalised: backbone, then one linear `head`.
 
-    def __init__(self, backbone, dim):
+    The head takes the place of the classifier's last layer, and of the dropout before it: the backbones of
+    the field have none between features and embedding. frozen_bn: batch norm keeps its stored statistics.
+    """
+
+    def __init__(self, backbone, dim, frozen_bn=False):
         super().__init__()
         if backbone in ("conv4", "conv4-nobn"):
             self.backbone, width = conv4(batch_norm=backbone == "conv4"), 256
@@ -129,13 +122,23 @@ class Encoder(nn.Module):
             linear = [n for n, m in self.backbone.named_modules() if isinstance(m, nn.Linear)]
             if not linear or backbone.startswith(("googlenet", "inception")):
                 raise data.UserError(f"--backbone {backbone}: its classifier is not one last linear layer")
-            parent, _, child = linear[-1].rpartition(".")       # the classifier, which the head replaces
-            width = self.backbone.get_submodule(linear[-1]).in_features
-            setattr(self.backbone.get_submodule(parent), child, nn.Identity())
-        self.head = nn.Linear(width, dim)
+            parent, _, last = linear[-1].rpartition(".")
+            classifier = self.backbone.get_submodule(parent)
+            width = getattr(classifier, last).in_features
+            for name, layer in list(classifier.named_children()):
+                if name == last or isinstance(layer, nn.Dropout):
+                    setattr(classifier, name, nn.Identity())
+        self.head, self.frozen_bn = nn.Linear(width, dim), frozen_bn
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         self.register_buffer("mean", 255 * mean[:, None, None], persistent=False)
         self.register_buffer("std", 255 * std[:, None, None], persistent=False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for layer in self.modules():
+            if self.frozen_bn and isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.eval()
+        return self
 
     def features(self, x):
         return self.backbone((x - self.mean) / self.std)
@@ -145,7 +148,10 @@ class Encoder(nn.Module):
 
 
 def load_weights(encoder, backbone, weights):
-    """Fill the encoder's backbone; weights: "none", "imagenet" (torchvision's best) or a state_dict file."""
+    """Fill the encoder's backbone; weights: "none", "imagenet" (torchvision's best) or a state_dict file.
+
+    Read too: a state_dict under "state_dict" or "model", names that begin with "module." or "backbone.".
+    """
     if weights == "none":
         return
     if weights == "imagenet":
@@ -158,13 +164,14 @@ def load_weights(encoder, backbone, weights):
         state = load_file(weights)
         if not isinstance(state, dict):
             raise data.UserError(f"{weights}: not a state_dict of {backbone} but a {type(state).__name__}")
-        state = {k.removeprefix("backbone."): v for k, v in state.get("model", state).items()}
+        state = state.get("state_dict", state.get("model", state))
+        state = {re.sub(r"^((module|backbone)\.)+", "", name): value for name, value in state.items()}
     own = encoder.backbone.state_dict()
-    missing = [k for k in own if k not in state or state[k].shape != own[k].shape]
+    missing = [name for name in own if getattr(state.get(name), "shape", None) != own[name].shape]
     if missing:
         raise data.UserError(f"{weights}: not a state_dict of {backbone}: "
                              f"{missing[0]} is missing or has another shape")
-    encoder.backbone.load_state_dict({k: state[k] for k in own})
+    encoder.backbone.load_state_dict({name: state[name] for name in own})
 
 
 def load_file(path):
@@ -177,11 +184,33 @@ def load_file(path):
         raise data.UserError(f"{path}: cannot be read as a checkpoint ({error.strerror or error})") from None
     except Exception as error:      # torn or foreign bytes make the unpickler raise anything
         reason = str(error) if "checksum" in str(error) else type(error).__name__
+        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+            raise data.UserError(f"{path}: holds a Python object ({foreign[1]}) beside its tensors, and such "
+                                 "code is never run here; save the state_dict alone to a file") from None
         raise data.UserError(f"{path}: cannot be read as a checkpoint, it is torn or no file of torch.save "
                              f"({reason})") from None
 
 
-# ---------------------------------------------------------------- evaluation
+def rebuild(path):
+    """The trained encoder of a checkpoint, in evaluation mode, and the checkpoint's content."""
+    state = load_file(path)
+    try:
+        settings = state["settings"]
+        model = Encoder(settings["backbone"], settings["dim"], settings["bn"] == "frozen")
+        model.load_state_dict(state["model"])
+        state["epoch"], state["data"]
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise data.UserError(f"{path}: not a checkpoint of this version of train.py ({reason})") from None
+    return model.eval(), state
+
+
+# ---------------------------------------------------------------- embeddings
+
+def ranks():
+    """(this process's rank, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
 
 def autocast(device, amp):
     """Mixed precision as --amp names it: off, bf16 or fp16."""
@@ -191,26 +220,29 @@ def autocast(device, amp):
 
 @torch.no_grad()
 def embed(model, split, settings, device="cpu", workers=0):
-    """Embeddings (N, D) float32 and labels (N,), on `device`, of a split's images in their order."""
-    was_training = model.training
+    """Embeddings (N, D) float32 and labels (N,), on `device`, of a split's images in their order.
+
+    Several processes share the batches; each of them gets the embeddings of all.
+    """
+    was_training, (rank, world) = model.training, ranks()
     model.eval()
     images = data.Images(split, settings["image_size"], settings["augment"])
-    batches = data.loader(images, workers, batch_size=256)
+    batches = torch.arange(len(images)).split(256)
+    mine = batches[rank * len(batches) // world:(rank + 1) * len(batches) // world]
+    loader = data.loader(images, workers, batch_sampler=[batch.tolist() for batch in mine])
     with autocast(device, settings["amp"]):
-        z = torch.cat([model(x.to(device)).float() for x, _, _ in batches])
+        parts = [model(x.to(device)).float() for x, _, _ in loader]                     # each (b, D)
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, [part.cpu() for part in parts])
+        parts = [part.to(device) for share in shares for part in share]
+    z = torch.cat(parts)                                                                # (N, D)
     model.train(was_training)
     lost = int((~z.isfinite().all(1)).sum())
     if lost:
         raise data.UserError(f"the network makes NaN or infinity of {lost} of {len(z)} images: its weights "
                              "have diverged; train again with a lower --lr, or --amp off")
     return z, split.labels.to(device)
-
-
-def scores(query, gallery, ks):
-    """{"recall@K": ..., "map@r": ...}, shares in 0..1, of (z, y) pairs as embed returns them."""
-    ranks = positive_ranks(*query, *gallery)
-    recall = {f"recall@{k}": v for k, v in recall_from_ranks(ranks, ks).items()}
-    return {**recall, "map@r": map_from_ranks(ranks)}
 
 
 def embed_test(model, splits, settings, device="cpu", workers=0):
@@ -220,250 +252,112 @@ def embed_test(model, splits, settings, device="cpu", workers=0):
 
 
 def evaluate(model, splits, ks, settings, device="cpu", workers=0):
-    """The scores of the query split, searched in the gallery or in itself."""
-    return scores(*embed_test(model, splits, settings, device, workers), ks)
+    """The scores of the query split, searched in the gallery or in itself; {} on every rank but the first."""
+    query, gallery = embed_test(model, splits, settings, device, workers)
+    return scores(query, gallery, ks) if ranks()[0] == 0 else {}
 
 
-def usable_ks(ks, splits):
+def usable_ks(ks, size):
     """The K that are smaller than the gallery; says which are not, since they would always be 100 %."""
-    size = len((splits.gallery or splits.query).labels) - (splits.gallery is None)
     if max(ks) >= size:
         print(f"note: Recall@{{{','.join(str(k) for k in ks if k >= size)}}} left out, "
               f"the gallery has {size} images", file=sys.stderr)
     return [k for k in ks if k < size]
 
 
-def rebuild(path):
-    """The trained encoder of a checkpoint, in evaluation mode, and the checkpoint's content."""
-    state = load_file(path)
+def searched(splits):
+    """How many images each query is compared with."""
+    return len(splits.gallery.labels) if splits.gallery else len(splits.query.labels) - 1
+
+
+# ---------------------------------------------------------------- embeddings in a file
+
+def save_embeddings(path, splits, query, gallery):
+    """Writes the embeddings, labels and relative names of the queries, and of a gallery."""
+    arrays, names = {}, data.names(splits)
+    for name, part, (z, y) in zip(("query", "gallery"), (splits.query, splits.gallery), (query, gallery)):
+        if part:
+            arrays.update({name: z.cpu().numpy(), f"{name}_labels": y.cpu().numpy(),
+                           f"{name}_names": np.array(names[name])})
+    np.savez(path, **arrays)
+
+
+def read_embeddings(path):
+    """[(z, y) of the queries, (z, y) of the gallery or (None, None)] of a file as --save writes it."""
     try:
-        model = Encoder(state["settings"]["backbone"], state["settings"]["dim"])
-        model.load_state_dict(state["model"])
-        state["epoch"]
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise data.UserError(f"{path}: not a checkpoint of this version of train.py ({error})") from None
-    return model.eval(), state
-
-
-# ---------------------------------------------------------------- results to look at
-
-def contact_sheet(query, gallery, z, gallery_z, show, nearest=7, side=96):
-    """PIL image: the `show` worst queries, worst first, with their nearest images and the first right one.
-
-    query, gallery: splits, gallery None: the queries themselves; z (Q, D), gallery_z (G, D) or None: their
-    embeddings. A right neighbour has a full frame and a tick, a wrong one a dashed frame and a cross.
-    """
-    itself, gallery = gallery is None, gallery or query
-    y, gallery_y = query.labels, gallery.labels
-    first = positive_ranks(z, y, gallery_z, None if itself else gallery_y)[:, 0]        # (Q,) 0: no match
-    worst = first.where(first > 0, len(gallery_y)).argsort(descending=True, stable=True)[:show]
-    sim = normalize(z[worst]) @ normalize(z if itself else gallery_z).T       # (show, G)
-    if itself:
-        sim.scatter_(1, worst[:, None], -torch.inf)
-    near = sim.topk(min(nearest, sim.shape[1] - itself)).indices                        # (show, nearest)
-    right = sim.masked_fill(y[worst, None] != gallery_y, -torch.inf).argmax(1)          # (show,)
-    sheet = Image.new("RGB", ((nearest + 2) * (side + 12), 24 + len(worst) * (side + 34)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, title in ((0, "query"), (1, "nearest images"), (nearest + 1, "first right one")):
-        pen.text((column * (side + 12) + 6, 4), title, "black", ImageFont.load_default(13))
-    for r, q in enumerate(worst.tolist()):
-        top = 24 + r * (side + 34)
-        tile(sheet, 0, top, side, query, q, f"class {y[q]}", None)
-        for c, g in enumerate(near[r].tolist()):
-            right_one = bool(gallery_y[g] == y[q])
-            tile(sheet, c + 1, top, side, gallery, g, f"#{c + 1}   {sim[r, g]:.3f}", right_one)
-        if first[q] > 0:
-            g = int(right[r])
-            tile(sheet, nearest + 1, top, side, gallery, g, f"#{first[q]}   {sim[r, g]:.3f}", True)
-        else:
-            pen.text(((nearest + 1) * (side + 12) + 6, top + 6), "there is none", "black")
-    return sheet
-
-
-def tile(sheet, column, top, side, split, i, caption, right):
-    """One image of a sheet, framed as right (True), wrong (False) or a query (None), with its caption."""
-    x, y, pen = column * (side + 12) + 6, top, ImageDraw.Draw(sheet)
-    box = None if split.boxes is None else split.boxes[i]
-    sheet.paste(data.open_image(split.images[i], side, data.everything, box), (x, y))
-    colour = {True: "#0060c0", False: "#d04000", None: "black"}[right]
-    if right is False:          # dashes
-        for k in range(0, side, 12):
-            for a, b in (((x + k, y), (x + k + 6, y)), ((x + k, y + side), (x + k + 6, y + side)),
-                         ((x, y + k), (x, y + k + 6)), ((x + side, y + k), (x + side, y + k + 6))):
-                pen.line((a, b), colour, 3)
-    else:
-        pen.rectangle((x - 1, y - 1, x + side, y + side), outline=colour, width=4 if right else 1)
-    sx, sy = x + side - 14, y + side + 5
-    if right is not None:
-        lines = [(0, 6, 4, 11), (4, 11, 12, 0)] if right else [(1, 1, 11, 11), (1, 11, 11, 1)]
-        for x0, y0, x1, y1 in lines:
-            pen.line((sx + x0, sy + y0, sx + x1, sy + y1), colour, 3)
-    pen.text((x, y + side + 3), caption, "black", ImageFont.load_default(13))
-
-
-def read_runs(paths):
-    """{label: the logs, lists of records, of runs that differ by their seed, "-s<seed>" in the name, alone}.
-
-    paths: run folders, or copies of their log.jsonl under other names.
-    """
-    groups = {}
-    for path in paths:
-        log = path / "log.jsonl" if path.is_dir() else path
-        try:
-            records = [json.loads(line) for line in log.read_text().splitlines()]
-            records[0]["settings"], records[-1]["recall@1"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise data.UserError(f"{log}: cannot be read as the log of a run ({error})") from None
-        name = re.sub(r"-s\d+$", "", path.name.removesuffix(".jsonl"))
-        groups.setdefault((path.parent.name, name), []).append(records)
-    clear = len({name for _, name in groups}) == len(groups)
-    return {name if clear else f"{parent}/{name}": runs for (parent, name), runs in groups.items()}
-
-
-def mean_and_std(values):
-    """Of a list of one figure a run, or of lists (runs, n), over the runs; the deviation of one run is 0."""
-    values = torch.tensor(values, dtype=torch.float64)                                      # (runs, ...)
-    mean = values.mean(0)
-    return mean, values.std(0, correction=min(1, len(values) - 1)) if values.numel() else mean
-
-
-def in_percent(runs, key, epoch=-1):
-    return [100 * records[epoch][key] for records in runs]
-
-
-def order_of_means(groups):
-    """A sentence: do the means of Recall@1 keep their order over the last third of the epochs?"""
-    last = min(len(records) for runs in groups.values() for records in runs) - 1
-    epochs = range(last - last // 3, last + 1)
-    means = {label: torch.stack([mean_and_std(in_percent(runs, "recall@1", e))[0] for e in epochs])
-             for label, runs in groups.items()}                                             # each (epochs,)
-    swaps = [f"{a} and {b}" for a, b in combinations(means, 2) if (means[a] > means[b]).unique().numel() > 1]
-    return (f"order of the means of Recall@1 over epochs {epochs[0]} to {last}: "
-            + (f"changes between {', '.join(swaps)}" if swaps else "does not change"))
-
-
-def pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise data.UserError("--plot needs matplotlib: python -m pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
-
-
-PANELS = (("Recall@1 (%)", {"-": "recall@1"}), ("loss", {"-": "loss"}), ("gain K", {"-": "gain"}),
-          ("drift (Eq. 5), dotted: maximum", {"-": "drift_mean", ":": "drift_max"}),
-          ("staleness, dotted: as adapted", {"-": "staleness_stored", ":": "staleness_adapted"}))
-
-
-def plot(groups, out):
-    """Groups of runs over their epochs, the mean and one deviation about it, drawn to the file `out`."""
-    figure, axes = pyplot().subplots(2, 3, figsize=(10, 6), layout="constrained")
-    axes = axes.flatten()
-    for n, (label, runs) in enumerate(groups.items()):
-        for axis, (title, lines) in zip(axes, PANELS):
-            for style, key in lines.items():
-                epochs = [e for e, rs in enumerate(zip(*runs)) if all(r.get(key) is not None for r in rs)]
-                scale = 100 if "%" in title else 1
-                mean, std = mean_and_std([[scale * r[e][key] for e in epochs] for r in runs])
-                axis.plot(epochs, mean, style, color=f"C{n}", label=label if style == "-" else None)
-                axis.fill_between(epochs, mean - std, mean + std, color=f"C{n}", alpha=0.2, linewidth=0)
-            axis.set(title=title, xlabel="epoch")
-            axis.xaxis.get_major_locator().set_params(integer=True)
-        by_age = torch.tensor([row for r in runs for record in r[-(len(r) // 3):]
-                               for row in record.get("staleness", [])]).view(-1, 3)     # (rows, 3) age, ...
-        means = [by_age[by_age[:, 0] == age].mean(0) for age in by_age[:, 0].unique()]      # each (3,)
-        for k, style in ((1, "-"), (2, ":")):
-            axes[-1].plot([m[0] for m in means], [m[k] for m in means], style, color=f"C{n}")
-    axes[-1].set(title="staleness, last third of the epochs", xlabel="age in steps")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    figure.savefig(out, dpi=100)
-
-
-def plot_against(groups, settings, out):
-    """Recall@1 of the last epoch against each of some settings, a line a method, to the file `out`.
-
-    In each panel the other settings have the value that most runs have; a method that stands at one value
-    alone, as `none` does for the memory's size, is a level line.
-    """
-    first = {label: runs[0][0]["settings"] for label, runs in groups.items()}
-    for name in settings:
-        if any(name not in of for of in first.values()):
-            raise data.UserError(f"--against {name}: the runs have no such setting")
-    figure, axes = pyplot().subplots(1, len(settings), figsize=(5 * len(settings), 4), squeeze=False,
-                                     layout="constrained")
-    usual = {name: mode([of[name] for of in first.values()]) for name in settings}
-    methods = list(dict.fromkeys(of["method"] for of in first.values()))
-    for axis, name in zip(axes[0], settings):
-        for n, method in enumerate(methods):
-            drawn = [label for label, of in first.items() if of["method"] == method
-                     and all(of[o] == usual[o] for o in settings if o != name)]
-            points = sorted((first[d][name], *mean_and_std(in_percent(groups[d], "recall@1"))) for d in drawn)
-            if len(points) == 1:
-                axis.axhline(points[0][1], color=f"C{n}", linestyle="--", label=method)
-            elif points:
-                x, mean, std = zip(*points)
-                axis.errorbar(x, mean, std, fmt="o-", color=f"C{n}", capsize=3, label=method)
-        others = ", ".join(f"{o.replace('_', ' ')} {usual[o]}" for o in settings if o != name)
-        axis.set(title=others, xlabel=name.replace("_", " "), ylabel="Recall@1 (%)")
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    figure.savefig(out, dpi=100)
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files if not name.endswith("_names")}
+    except (OSError, ValueError, zipfile.BadZipFile, AttributeError, EOFError) as error:
+        raise data.UserError(f"{path}: cannot be read as an .npz file ({error})") from None
+    out = []
+    for name in ("query", "gallery") if "gallery" in arrays else ("query",):
+        if name not in arrays or f"{name}_labels" not in arrays:
+            raise data.UserError(f"{path}: expected the arrays query and query_labels, and perhaps gallery "
+                                 f"and gallery_labels, found {', '.join(arrays) or 'none'}")
+        z, y = arrays[name], arrays[f"{name}_labels"]
+        if z.ndim != 2 or z.dtype.kind != "f" or y.shape != z.shape[:1] or y.dtype.kind not in "iu":
+            raise data.UserError(f"{path}: {name} must be floats (N, D) and {name}_labels integers (N,), "
+                                 f"found {z.dtype} {z.shape} and {y.dtype} {y.shape}")
+        if not np.isfinite(z).all() or len(z) < 2 or z.shape[1] != arrays["query"].shape[1]:
+            raise data.UserError(f"{path}: {name} must be at least two finite rows, as long as the queries' "
+                                 f"({arrays['query'].shape[1]}), found {z.shape}")
+        out.append((torch.from_numpy(z.astype(np.float32)), torch.from_numpy(y.astype(np.int64))))
+    return out if len(out) == 2 else [*out, (None, None)]
 
 
 # ---------------------------------------------------------------- python eval.py
 
+def usable_device(name, parser):
+    """Ends with a sentence where a device cannot be used."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {name} cannot be used ({str(error).splitlines()[0]}); --device cpu can")
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Recall@K and MAP@R of a checkpoint.", allow_abbrev=False)
     add = parser.add_argument
-    add("checkpoint", type=Path, nargs="?", help="checkpoint.pt or best.pt of a run")
+    add("file", type=Path, help="checkpoint.pt or best.pt of a run, or embeddings in an .npz file")
     data.add_flags(add)         # default: as in training
     add("--workers", type=data.number(int, 0), default=0, help="processes that read images (0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--show", type=data.number(int, 1), metavar="N",
-        help="draw the N worst queries with their neighbours to --out")
-    add("--plot", type=Path, nargs="+", metavar="RUN",
-        help="draw the logs of runs to --out and print their means; no checkpoint")
-    add("--against", nargs="+", metavar="SETTING", help="with --plot: the last epoch over batch_size, ...")
-    add("--out", type=Path, help="sheet.png with --show, plot.png with --plot")
+    add("--save", type=Path, metavar="FILE.npz", help="write embeddings, labels and names there")
     args = parser.parse_args(argv)
-    if (args.checkpoint is None) == (args.plot is None):
-        parser.error("expected a checkpoint, or --plot with the folders of runs")
-    if args.against and not args.plot:
-        parser.error("--against needs --plot with the folders of runs")
+    usable_device(args.device, parser)
+    if args.save and (args.save.suffix != ".npz" or not args.save.absolute().parent.is_dir()):
+        parser.error(f"--save {args.save}: expected a file name that ends in .npz, in a folder that exists")
     return args
 
 
-def run(args):
-    if args.plot:
-        out, groups = args.out or Path("plot.png"), read_runs(args.plot)
-        plot_against(groups, args.against, out) if args.against else plot(groups, out)
-        for label, runs in groups.items():
-            figures = [(key, *mean_and_std(in_percent(runs, key))) for key in ("recall@1", "map@r")]
-            figures = [f"{key} {mean:.2f}" + f" ± {std:.2f}" * (len(runs) > 1) for key, mean, std in figures]
-            print(label, f"runs {len(runs)}", *figures, sep="  ")
-        if not args.against:
-            print(order_of_means(groups))
-        return print(f"{out}: {len(args.plot)} runs")
-    model, state = rebuild(args.checkpoint)
+def evaluate_checkpoint(args):
+    """(what was evaluated, in words; [(z, y) of the queries, (z, y) of the gallery]; the K to count)."""
+    model, state = rebuild(args.file)
     settings = {**state["settings"], "amp": state["settings"]["amp"] if args.device != "cpu" else "off"}
-    settings.update({k: v for k, v in vars(args).items() if k in settings and k != "out" and v})
+    given = {k: v for k, v in vars(args).items() if k in settings and v}
+    settings.update(given)
     splits = data.load_for(settings, settings["allow_partial"])
-    ks = usable_ks(data.DATASETS[settings["dataset"]].ks, splits)
+    if not set(given) & {"dataset", "test_list", "df2_labels", "classes", "max_images"}:    # else: by wish
+        data.refuse_other_data(args.file, state["data"], data.fingerprint(splits))
     model.to(args.device)
-    query, gallery = embed_test(model, splits, settings, args.device, args.workers)
-    result = scores(query, gallery, ks)
-    if args.show:
-        out = args.out or Path("sheet.png")
-        z, gallery_z = (None if z is None else z.cpu() for z, _ in (query, gallery))
-        contact_sheet(splits.query, splits.gallery, z, gallery_z, args.show).save(out)
-        print(f"{out}: the {min(args.show, len(z))} worst queries")
-    print(f"{args.checkpoint}: {settings['dataset']}, epoch {state['epoch']}")
+    found = embed_test(model, splits, settings, args.device, args.workers)
+    if args.save:
+        save_embeddings(args.save, splits, *found)
+    ks = usable_ks(data.DATASETS[settings["dataset"]].ks, searched(splits))
+    return {"dataset": settings["dataset"], "epoch": state["epoch"]}, found, ks
+
+
+def run(args):
+    if args.file.suffix == ".npz":
+        (z, y), (gallery_z, gallery_y) = found = read_embeddings(args.file)
+        what, size = {"queries": len(y)}, len(y) - 1 if gallery_y is None else len(gallery_y)
+        ks = usable_ks(data.DATASETS[args.dataset or "sop"].ks, size)
+    else:
+        what, found, ks = evaluate_checkpoint(args)
+    result = scores(*found, ks)
+    print(f"{args.file}: " + ", ".join(f"{name} {value}" for name, value in what.items()))
     print("  ".join(f"{name} {100 * value:.2f}" for name, value in result.items()))
-    print(json.dumps({"dataset": settings["dataset"], "epoch": state["epoch"], **result}))
+    print(json.dumps({**what, **result}))
 
 
 def main(argv=None):

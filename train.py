@@ -8,17 +8,17 @@ Every epoch writes <out>/log.jsonl (one JSON line an epoch), <out>/checkpoint.pt
 far, <out>/best.pt. The same command continues where it stopped.
 """
 import argparse
+import fcntl
 import json
 import math
-import multiprocessing
 import os
 import signal
 import sys
 import time
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import acbn
 import data
-from eval import Encoder, autocast, embed_test, evaluate, load_file, load_weights, recall_at_k, usable_ks
+from eval import (Encoder, autocast, embed_test, evaluate, load_file, load_weights, ranks, recall_at_k,
+                  searched, usable_device, usable_ks)
 
 # ---------------------------------------------------------------- settings
 
@@ -41,14 +42,14 @@ SMALL = dict(
 PRESETS = {"synthetic": SMALL, "sop": PAPER, "inshop": PAPER, "vehicleid": PAPER, "folder": PAPER,
            "df2": {**PAPER, "memory_ratio": 1.0, "gain_interval": 10}}
 
-# name: (the loss of the mined pairs, the mining that the log counts)
+# name: (the loss, the mining whose pairs the log counts)
 LOSSES = {
-    "ms": (acbn.multi_similarity_loss_, acbn.multi_similarity_pairs),
-    "supcon": (lambda s, p, n: acbn.supcon_loss(s, *acbn.pair_margin(s, p, n)), acbn.pair_margin),
-    "contrastive": (acbn.contrastive_loss, lambda s, p, n: (p, n & (s > 0.5))),
+    "ms": (acbn.multi_similarity_loss, acbn.multi_similarity_pairs),
+    "supcon": (acbn.mined_supcon_loss, acbn.pair_margin),
+    "contrastive": (acbn.contrastive_loss, lambda sim, p, n: (p, n & (sim > 0.5))),
 }
 MAY_CHANGE = {"epochs", "workers", "device", "out", "root", "allow_partial"}    # on resuming
-FORMAT = 1              # of checkpoint.pt
+FORMAT = 2              # of checkpoint.pt
 
 
 def parse_args(argv=None):
@@ -81,6 +82,8 @@ def parse_args(argv=None):
     g("--backbone", help="conv4, conv4-nobn or any torchvision classifier (preset)")
     g("--weights", help="imagenet, none, or a file with a state_dict (preset)")
     g("--dim", type=number(int, 1), help="size of the embedding (preset)")
+    g("--bn", choices=("train", "frozen"), default="train",
+      help="batch norm uses the batch's statistics, as in the paper, or its stored ones (train)")
     g = p.add_argument_group("training").add_argument
     g("--batch-size", type=number(int, 1), help="images a step, over all processes (preset)")
     g("--images-per-class", type=number(int, 1), default=4, help="images of each class in a batch (4)")
@@ -113,10 +116,7 @@ def parse_args(argv=None):
         p.error("--process-noise and --measurement-noise cannot both be 0")
     if args.amp == "fp16" and not on_gpu:
         p.error("--amp fp16 needs a GPU; use bf16 or off")
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        p.error(f"--device {args.device} cannot be used ({str(error).splitlines()[0]}); --device cpu can")
+    usable_device(args.device, p)
     return args
 
 
@@ -129,13 +129,8 @@ def join(args):
         if on_gpu:
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
-        # The others wait while rank 0 evaluates; when a process dies torchrun ends them all.
+        # The others wait while rank 0 searches; when a process dies torchrun ends them all.
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=4))
-
-
-def ranks():
-    """(this process's rank, how many there are)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def gather(t):
@@ -161,13 +156,28 @@ def say(*lines):
         print(*lines, sep="\n", flush=True)
 
 
-# ---------------------------------------------------------------- what is measured on the way
+# ---------------------------------------------------------------- random states
+
+def random_state():
+    """The state of this process's random numbers: (CPU, GPU)."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+def set_random_state(state):
+    cpu, gpu = state
+    torch.set_rng_state(cpu)
+    if gpu is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(gpu)
+
 
 @contextmanager
-def untouched(model):
-    """No gradients inside; afterwards buffers (batch-norm statistics) and random states are as before."""
+def without_trace(model, state):
+    """Inside: no gradients, and the random numbers that follow `state`. Afterwards buffers (batch norm's
+    statistics) and random numbers are as before.
+    """
     saved = [b.clone() for b in model.buffers()]
     with torch.no_grad(), torch.random.fork_rng():
+        set_random_state(state)
         try:
             yield
         finally:
@@ -175,63 +185,116 @@ def untouched(model):
                 buffer.copy_(value)
 
 
-class Probe:
-    """Measures, every `every` steps of an epoch, without a trace in the training: the pairs mined, the
-    drift (Eq. 5, dk = 1) of the batch, and the staleness of one earlier batch's rows in the memory.
+# ---------------------------------------------------------------- what is measured; training does not need it
 
-    Embeddings are compared for the same pixels and in the same mode, so that only the network differs.
+class Probe:
+    """Looks at every `every`-th step of an epoch, without a trace in the training. It measures the pairs
+    mined, the drift of the batch (Eq. 5, dk = 1), its spread, and how stale an earlier batch's rows in the
+    memory have become. Two embeddings are compared for the same pixels, the same mode of the network and
+    the same random numbers (dropout), so that they differ by the weights alone.
     """
 
-    def __init__(self, every, loss, mine):
-        self.every, self.loss, self.mine = every, loss, mine
-        self.active, self.rows, self.sums = False, None, {}
-
-    def __call__(self, sim, positive, negative):
-        """The loss as CrossBatchLoss calls it; counts the mined pairs on the way."""
-        if self.active:
-            p, n = self.mine(sim.detach(), positive, negative)
-            self.add(positives_mined=p.sum().item(), negatives_mined=n.sum().item())
-        return self.loss(sim, positive, negative)
+    def __init__(self, every, mine, embed):
+        self.every, self.mine, self.embed = every, mine, embed
+        self.rows, self.sums = None, {}
 
     def add(self, **values):
         for name, value in values.items():
             self.sums.setdefault(name, []).append(value)
 
-    def measure(self, step, model, criterion, x, z, embed_again):
-        """After step `step` on this process's images x (b, ...), z (b, D) before the weights moved."""
-        (rank, world), b = ranks(), len(z)
-        with untouched(model):
-            drift = (embed_again(x) - z).norm(dim=1)                        # (B,) Eq. 5
-            self.add(drift_mean=drift.mean().item(), drift_max=drift.max().item(),
-                     spread=z.std(0, correction=0).norm().item())         # 0: collapsed, 1: about the origin
-            memory = criterion.memory
-            if self.rows:
-                then, old_x, stored, slots = self.rows
-                fresh = embed_again(old_x)                                  # (B, D)
-                adapted = acbn.normalize(memory.stored_embeddings[slots])   # (B, D)
-                distance = [(fresh - old).norm(dim=1).mean().item() for old in (stored, adapted)]
-                self.add(staleness=[step - then, *distance])            # age in steps, as stored, as adapted
-            stay = memory.size // (b * world)           # after so many steps the queue has overwritten a row
-            if not self.rows or step + self.every - self.rows[0] >= stay:
-                slots = memory.pointer - (world - rank) * b + torch.arange(b, device=z.device)      # (b,)
-                self.rows = (step, x, z, slots % memory.size) if len(memory) and self.every < stay else None
+    def look(self, step, model, criterion, x, y, z, state):
+        """After step `step` on this process's images x (b, ...), whose embeddings were z (b, D) before the
+        weights moved; y (b,) their labels; state: the random numbers that the network then used.
+        """
+        p, n = self.mine(*pairs(criterion, gather(z), gather(y)))           # (B, N), (B, N)
+        self.add(positives_mined=p.sum().item(), negatives_mined=n.sum().item())
+        with without_trace(model, state):
+            drift = (self.embed(x) - z).norm(dim=1)                         # (b,) Eq. 5
+        self.add(drift_mean=drift.mean().item(), drift_max=drift.max().item(),
+                 spread=z.std(0, correction=0).norm().item())       # 0: collapsed, 1: about the origin
+        if criterion.method == "none" or criterion.step <= criterion.warmup_steps:
+            return
+        (rank, world), b, memory = ranks(), len(z), criterion.memory
+        if self.rows:
+            then, old_x, old_state, stored, slots = self.rows
+            with without_trace(model, old_state):
+                fresh = self.embed(old_x)                                   # (b, D)
+            adapted = acbn.normalize(memory.all_embeddings[slots])          # (b, D)
+            as_stored, as_adapted = ((fresh - old).norm(dim=1).mean().item() for old in (stored, adapted))
+            self.add(staleness=[step - then, as_stored, as_adapted])
+        stay = memory.size // (b * world)               # after so many steps the queue has overwritten a row
+        if not self.rows or step + self.every - self.rows[0] >= stay:
+            slots = own_slots(memory, b * world)[rank * b:][:b]             # (b,)
+            self.rows = (step, x, state, z, slots) if self.every < stay else None
 
     def take(self):
         """The epoch's means; staleness also by age, as a list of [age, as stored, as adapted]."""
         sums, self.sums, self.rows = self.sums, {}, None
         by_age = sums.pop("staleness", [])
-        record = {name: sum(v) / len(v) for name, v in sums.items()}
-        for i, name in enumerate(("staleness_age", "staleness_stored", "staleness_adapted")):
-            record[name] = sum(v[i] for v in by_age) / len(by_age) if by_age else None
+        record = {name: fmean(values) for name, values in sums.items()}
+        for name, values in zip(("age", "stored", "adapted"), zip(*by_age) if by_age else [[]] * 3):
+            record[f"staleness_{name}"] = fmean(values) if by_age else None
         return {**record, "staleness": by_age}
 
 
-# ---------------------------------------------------------------- stages of training
+def own_slots(memory, n):
+    """Where the last n rows were written: (n,)."""
+    return (memory.written - n + torch.arange(n, device=memory.written.device)) % memory.size
+
+
+def pairs(criterion, z, y):
+    """sim, positive, negative (B, N) of the step that was just made on z (B, D), y (B,)."""
+    memory = criterion.memory
+    if criterion.method == "none" or criterion.step <= criterion.warmup_steps:
+        return z @ z.T, *acbn.pair_masks(y, y, torch.arange(len(z), device=z.device))
+    masks = acbn.pair_masks(y, memory.all_labels, own_slots(memory, len(z)), memory.filled())
+    return z @ acbn.normalize(memory.all_embeddings).T, *masks
+
+
+def raw_pixels(splits, args):
+    """Recall@1 of the test images' pixels at 32 x 32, as a floor."""
+    settings = dict(image_size=32, augment="none", amp="off")
+    (z, y), (gallery_z, gallery_y) = embed_test(torch.nn.Flatten(), splits, settings, workers=args.workers)
+    grey = 127.5                # cosines of pixels are about mid-grey, in the gallery as in the queries
+    gallery_z = None if gallery_z is None else gallery_z - grey
+    return recall_at_k(z - grey, y, [1], gallery_z, gallery_y)[1]
+
+
+# ---------------------------------------------------------------- parts of a run
+
+def load_data(args):
+    """(all splits, splits to use, validation split or None, P x m sampler); refuses flags that do not fit."""
+    everything, val = data.load_for(vars(args), args.allow_partial), None
+    splits = everything
+    if args.val_fraction:
+        splits, val = data.hold_out(everything, args.val_fraction)
+    n = len(splits.train.labels)
+    sampler = data.ClassBalancedSampler(splits.train.labels, args.batch_size, args.images_per_class,
+                                        args.seed, *ranks())
+    if len(sampler) == 0:
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {n} training images")
+    if args.method != "none" and int(args.memory_ratio * n) < args.batch_size:
+        raise ValueError(f"--memory-ratio {args.memory_ratio:g} makes a memory of "
+                         f"{int(args.memory_ratio * n)} rows, less than --batch-size {args.batch_size}")
+    return everything, splits, val, sampler
+
+
+def make_model(args):
+    """The encoder with its first weights, in training mode, on the device."""
+    model = Encoder(args.backbone, args.dim, args.bn == "frozen")
+    with torch.no_grad():                           # fails here already where --image-size is too small
+        model.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
+    load_weights(model, args.backbone, args.weights)
+    plain = args.amp == "off" and not args.device.startswith("cuda")
+    model.to(args.device, memory_format=torch.contiguous_format if plain else torch.channels_last)
+    if args.sync_bn and ranks()[1] > 1:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model.train()
+
 
 def train_head(model, batches, sampler, args):
     """The new last layer alone, as the paper starts: plain supervised contrastive loss, SGD, rate 0.001."""
-    criterion = acbn.CrossBatchLoss(args.dim, 1, "none", acbn.supcon_loss)
-    criterion.to(args.device)
+    criterion = acbn.CrossBatchLoss(args.dim, 1, "none", acbn.supcon_loss).to(args.device)
     head, world = parallel(model.head, args.device), ranks()[1]
     optimizer = torch.optim.SGD(model.head.parameters(), lr=0.001)
     model.eval()                                      # the backbone's batch-norm statistics stay as they are
@@ -257,78 +320,39 @@ def fill_memory(model, criterion, split, args):
     images = data.Images(split, args.image_size, args.augment, training=True)
     batches = data.loader(images, args.workers, batch_size=args.batch_size, drop_last=True,
                           sampler=[(i, k) for k, i in enumerate(order)])
-    with untouched(model), autocast(args.device, args.amp):
-        for x, y, ids in batches:
-            z = model(x.to(args.device))
-            criterion.memory.enqueue(acbn.normalize(z), y.to(args.device), ids.to(args.device))
+    with without_trace(model, random_state()), autocast(args.device, args.amp):
+        for x, y, _ in batches:
+            criterion.memory.enqueue(acbn.normalize(model(x.to(args.device))), y.to(args.device))
 
 
-def train_epoch(run, epoch):
-    """One pass of N // B steps; returns the epoch's part of the log."""
-    args, model, criterion, optimizer, scaler, probe = (
-        run[k] for k in ("args", "model", "criterion", "optimizer", "scaler", "probe"))
-    world = ranks()[1]
-    rate = args.lr * args.lr_decay ** sum(epoch > drop for drop in args.lr_drops)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    run["sampler"].set_epoch(epoch)
-    steps = len(run["batches"])
-    seen = torch.zeros(2, steps, device=args.device)  # loss and gradient norm, read by the host now and then
-    start = shown = time.perf_counter()
-
-    def embed_again(x):
-        with autocast(args.device, args.amp):
-            return acbn.normalize(model(x))
-
-    for step, (x, y, ids) in enumerate(run["batches"], 1):
-        if args.fill_memory and args.method != "none" and criterion.step == args.warmup_steps:
-            fill_memory(model, criterion, run["splits"].train, args)
-        x, y, ids = (t.to(args.device, non_blocking=True) for t in (x, y, ids))
-        probe.active = step % probe.every == 0
-        with autocast(args.device, args.amp):
-            z = run["parallel"](x)                          # (b, D) this process's share of the batch
-        loss = criterion(gather(z.float()), gather(y), gather(ids))         # the same value in every process
-        optimizer.zero_grad()
-        scaler.scale(world * loss).backward()            # the processes' gradients are averaged: hence world
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)         # measures, clips nothing
-        scaler.step(optimizer)                              # fp16: not where the norm is not finite
-        scaler.update()
-        seen[:, step - 1] = torch.stack([loss.detach(), norm])
-        if probe.active:
-            probe.measure(step, model, criterion, x, acbn.normalize(z.detach()), embed_again)
-        now = time.perf_counter()
-        if now - shown > 5 or step == steps:
-            shown, speed = now, step / (now - start)
-            refuse_infinite(seen[:, :step], epoch, rate, args.amp)
-            left = ((args.epochs - epoch) * steps + steps - step) / speed
-            say(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  loss {loss.item():.4f}  "
-                f"{speed * args.batch_size:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")
-    losses, norms = seen.double()
-    taken = norms.isfinite()
-    record = {"loss": losses.mean().item(), "lr": rate, "gradient_norm": norms[taken].mean().item(),
-              "steps_skipped": int((~taken).sum()), "steps_without_pairs": int((losses == 0).sum()),
-              "gain": criterion.gain if criterion.filter_step else None, "memory": len(criterion.memory),
-              "images_per_second": round(steps * args.batch_size / (time.perf_counter() - start), 1),
-              **probe.take()}
-    if record.get("spread", 1) < 0.01:
-        record["warning"] = "the embeddings have collapsed: all images get nearly the same one"
-        say(f"warning: {record['warning']} (spread {record['spread']:.2g} of 1)")
-    return record
-
-
-def refuse_infinite(seen, epoch, rate, amp):
-    """seen (2, n): loss and gradient norm of an epoch's steps so far. fp16 skips a step for its gradient."""
-    wrong = ~seen[0].isfinite() if amp == "fp16" else ~seen.isfinite().all(0)           # (n,)
-    if wrong.any():
-        step = int(wrong.nonzero()[0]) + 1
-        what = "gradient" if seen[0, step - 1].isfinite() else "loss"
-        raise data.UserError(
-            f"epoch {epoch}, step {step}: the {what} is not finite at a learning rate of {rate:g}; try a "
-            "lower --lr" + (", or --amp bf16 or off in place of fp16" if amp == "fp16" else ""))
+def summary(seen, step, epoch, rate, amp):
+    """The log's part of an epoch up to a step, from the losses and gradient norms seen (2, steps). Ends the
+    run where one is not finite. fp16 skips a step for its gradient, but not every step of an epoch.
+    """
+    losses, norms = seen[:, :step].tolist()
+    taken = [norm for norm in norms if math.isfinite(norm)]
+    may_skip = amp == "fp16" and (taken or step < seen.shape[1])
+    for k, (loss, norm) in enumerate(zip(losses, norms), 1):
+        if not math.isfinite(loss) or not math.isfinite(norm) and not may_skip:
+            what = "gradient" if math.isfinite(loss) else "loss"
+            raise data.UserError(
+                f"epoch {epoch}, step {k}: the {what} is not finite at a learning rate of {rate:g}; try a "
+                "lower --lr" + (", or --amp bf16 or off in place of fp16" if amp == "fp16" else ""))
+    return {"loss": fmean(losses), "gradient_norm": fmean(taken or [0]),
+            "steps_skipped": len(norms) - len(taken), "steps_without_pairs": losses.count(0)}
 
 
 # ---------------------------------------------------------------- checkpoints and the log
+
+def claim(out):
+    """The folder's lock, held until it is closed or the process ends, however it ends."""
+    lock = (out / "lock").open("w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise data.UserError(f"--out {out}: another run is writing there; use another --out") from None
+    return lock
+
 
 def write(path, content):
     """Text, or anything torch.save takes, written whole or not at all."""
@@ -344,191 +368,186 @@ def write(path, content):
                              f"{path.name} is as it was") from None
 
 
-def save(run, epoch):
-    """Rank 0 writes; every process gives its random states."""
-    out, args, rng = Path(run["args"].out), run["args"], random_states()
-    if ranks()[0] == 0:
-        state = {"format": FORMAT, "epoch": epoch, "settings": vars(args),
-                 "model": run["model"].state_dict()}
-        if best_record(run)["epoch"] == epoch:
-            write(out / "best.pt", state)
-        state.update({name: run[name].state_dict() for name in ("optimizer", "scaler", "criterion")})
-        write(out / "checkpoint.pt", {**state, "records": run["records"], "rng": rng})
-        write_log(run)
+def write_log(out, records):
+    write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
 
-def write_log(run):
-    write(Path(run["args"].out) / "log.jsonl", "".join(json.dumps(r) + "\n" for r in run["records"]))
+def best_of(records):
+    """The epoch that is best on the held-out classes, or else on the test split."""
+    return max(records, key=lambda record: record.get("val_recall@1", record["recall@1"]))
 
 
-def random_states():
-    """The random states (CPU, GPU) of every process, in rank order."""
-    own = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    states = [own] * ranks()[1]
+def save(out, args, fingerprint, parts, records):
+    """The last epoch of the records; parts: {name: what has a state_dict}. Rank 0 writes, and every process
+    gives its random state.
+    """
+    states = [random_state()] * ranks()[1]
     if dist.is_initialized():
-        dist.all_gather_object(states, own)
-    return states
+        dist.all_gather_object(states, random_state())
+    if ranks()[0] == 0:
+        epoch = records[-1]["epoch"]
+        state = {"format": FORMAT, "epoch": epoch, "settings": vars(args), "data": fingerprint,
+                 "model": parts["model"].state_dict()}
+        if best_of(records)["epoch"] == epoch:
+            write(out / "best.pt", state)
+        state.update({name: part.state_dict() for name, part in parts.items()})
+        write(out / "checkpoint.pt", {**state, "records": records, "rng": states})
+        write_log(out, records)
 
 
-def resume(run, path):
-    """Fill the run from a checkpoint; refuses one that was made with settings that change the result."""
+def resume(path, args, fingerprint, parts):
+    """Fills the parts from a checkpoint and returns its records; refuses one of other settings or data."""
     state = load_file(path)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else None
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
         raise data.UserError(f"{path}: not a checkpoint of this version of train.py: expected format "
                              f"{FORMAT}, found {found}; use another --out")
     try:
         settings, (rank, world) = state["settings"], ranks()
-        for name, value in vars(run["args"]).items():
+        for name, value in vars(args).items():
             if name not in MAY_CHANGE and settings[name] != value:
                 raise data.UserError(f"{path}: was made with --{name.replace('_', '-')} {settings[name]}, "
                                      f"now it is {value}; use the same, or another --out")
+        data.refuse_other_data(path, state["data"], fingerprint)
         if len(state["rng"]) != world:
             raise data.UserError(f"{path}: was made with {len(state['rng'])} processes, "
                                  f"now there are {world}")
-        for name in ("model", "optimizer", "scaler", "criterion"):
-            run[name].load_state_dict(state[name])
-        run["records"], (cpu, gpu) = state["records"], state["rng"][rank]
-        torch.set_rng_state(cpu)
-        if gpu is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(gpu)
-        return state["epoch"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        set_random_state(state["rng"][rank])
+        return state["records"]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise data.UserError(f"{path}: not a checkpoint of this version of train.py ({reason}); "
                              "use another --out") from None
 
 
-# ---------------------------------------------------------------- the run
+# ---------------------------------------------------------------- the run, from top to bottom
 
-def build(args):
-    """Everything a run consists of, in one dict."""
+def train(args):
+    # Data, model, loss and optimiser.
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")         # as torch asks for it
     torch.use_deterministic_algorithms(args.deterministic)
     torch.manual_seed(args.seed)
-    splits, val = data.load_for(vars(args), args.allow_partial), None
-    if args.val_fraction:
-        splits, val = data.hold_out(splits, args.val_fraction)
-    sampler = data.ClassBalancedSampler(splits.train.labels, args.batch_size, args.images_per_class,
-                                        args.seed, *ranks())
-    rows = int(args.memory_ratio * len(splits.train.labels))
-    if len(sampler) == 0:
-        raise ValueError(f"--batch-size {args.batch_size} is more than "
-                         f"the {len(splits.train.labels)} training images")
-    if args.method != "none" and rows < args.batch_size:
-        raise ValueError(f"--memory-ratio {args.memory_ratio:g} makes a memory of {rows} rows, "
-                         f"less than --batch-size {args.batch_size}")
-    images = data.Images(splits.train, args.image_size, args.augment, training=True)
-    on_gpu = args.device.startswith("cuda")
-    batches = data.loader(images, args.workers, pin_memory=on_gpu, batch_sampler=data.Seeded(sampler))
-    model = Encoder(args.backbone, args.dim)
-    with torch.no_grad():                           # fails here already where --image-size is too small
-        model.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
-    load_weights(model, args.backbone, args.weights)
-    faster = torch.contiguous_format if args.amp == "off" and not on_gpu else torch.channels_last
-    model.train().to(args.device, memory_format=faster)
-    if args.sync_bn and ranks()[1] > 1:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    torch.manual_seed(args.seed + ranks()[0])       # the same weights everywhere, but each its own dropout
-    stay = rows // args.batch_size                  # so many steps a row stays in the memory
-    probe = Probe(max(1, min(50, len(sampler) // 6, max(10, stay - 1))), *LOSSES[args.loss])
-    criterion = acbn.CrossBatchLoss(args.dim, rows if args.method != "none" else 1, args.method, probe,
-                                    args.process_noise, args.measurement_noise, args.gain_interval,
-                                    args.momentum, args.warmup_steps).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
-    return dict(args=args, splits=splits, val=val, sampler=sampler, batches=batches, probe=probe,
-                model=model, parallel=parallel(model, args.device),
-                criterion=criterion, optimizer=optimizer, scaler=scaler, records=[],
-                ks=usable_ks(data.DATASETS[args.dataset].ks, splits))
-
-
-def raw_pixels(splits, args):
-    """Recall@1 of the test images' pixels at 32 x 32, as a floor."""
-    settings = dict(image_size=32, augment="none", amp="off")
-    (z, y), (gallery_z, gallery_y) = embed_test(torch.nn.Flatten(), splits, settings, workers=args.workers)
-    grey = 127.5                # cosines of pixels are about mid-grey, in the gallery as in the queries
-    gallery_z = None if gallery_z is None else gallery_z - grey
-    return recall_at_k(z - grey, y, [1], gallery_z, gallery_y)[1]
-
-
-def finish_epoch(run, epoch, record):
-    """Evaluate, log, save; best.pt is the epoch best on the held-out classes, or else on the test split."""
-    start, args = time.perf_counter(), run["args"]
-    if ranks()[0] == 0:
-        options = vars(args), args.device, args.workers
-        result = evaluate(run["model"], run["splits"], run["ks"], *options)
-        if run["val"]:
-            val = evaluate(run["model"], data.Splits(None, run["val"]), [1], *options)
-            result["val_recall@1"] = val["recall@1"]
-        seconds = round(time.perf_counter() - start, 1)
-        run["records"].append({"epoch": epoch, **record, **result, "eval_seconds": seconds})
-        say(f"epoch {epoch}/{args.epochs}  " + "  ".join(f"{k} {100 * v:.2f}" for k, v in result.items()))
-    save(run, epoch)
-
-
-def best_record(run):
-    key = "val_recall@1" if run["val"] else "recall@1"
-    return max(run["records"], key=lambda r: r[key])
-
-
-def train(args):
-    out = Path(args.out)
     join(args)
+    rank, world = ranks()
     try:
-        run = build(args)
+        everything, splits, val, sampler = load_data(args)
+        model = make_model(args)
     except (data.UserError, ValueError, RuntimeError) as error:     # flags that do not fit data or model
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    say(*data.describe(run["splits"]), json.dumps(vars(args)))
+    torch.manual_seed(args.seed + rank)             # the same weights everywhere, but each its own dropout
+    network = parallel(model, args.device)
+    images = data.Images(splits.train, args.image_size, args.augment, training=True)
+    batches = data.loader(images, args.workers, pin_memory=args.device.startswith("cuda"),
+                          batch_sampler=data.Seeded(sampler))
+    loss, mine = LOSSES[args.loss]
+    rows = int(args.memory_ratio * len(images)) if args.method != "none" else 1
+    criterion = acbn.CrossBatchLoss(args.dim, rows, args.method, loss, args.process_noise,
+                                    args.measurement_noise, args.gain_interval, args.momentum,
+                                    args.warmup_steps).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "criterion": criterion}
+    fingerprint = data.fingerprint(everything)
+    ks, steps = usable_ks(data.DATASETS[args.dataset].ks, searched(splits)), len(batches)
+
+    def embed(x):
+        with autocast(args.device, args.amp):
+            return acbn.normalize(model(x))
+    stay = int(args.memory_ratio * len(images)) // args.batch_size  # so many steps a row stays in the memory
+    probe = Probe(max(1, min(50, steps // 6, max(10, stay - 1))), mine, embed)
+
+    # Start, or continue where a run in the same folder stopped.
+    say(*data.describe(splits), json.dumps(vars(args)))
     if args.epochs == 0:
-        say(f"Recall@1 of raw pixels: {100 * raw_pixels(run['splits'], args):.2f}")
+        say(f"Recall@1 of raw pixels: {100 * raw_pixels(splits, args):.2f}")
+    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    lock = claim(out) if rank == 0 else None
     resumed = (out / "checkpoint.pt").exists()
-    epoch = resume(run, out / "checkpoint.pt") if resumed else 0
+    records = resume(out / "checkpoint.pt", args, fingerprint, parts) if resumed else []
     if dist.is_initialized():
         dist.barrier()                      # every process has looked before rank 0 writes
-    if ranks()[0] == 0:
+    if rank == 0:
         write(out / "settings.json", json.dumps(vars(args), indent=1) + "\n")
-        if resumed:
-            write_log(run)                  # it lacks a line where the run was killed after its checkpoint
     if resumed:
-        say(f"continuing {out} after epoch {epoch}")
-    else:
-        train_head(run["model"], run["batches"], run["sampler"], args)
-        finish_epoch(run, 0, {"settings": {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}})
-    run["model"].train()
-    for epoch in range(epoch + 1, args.epochs + 1):
-        finish_epoch(run, epoch, train_epoch(run, epoch))
-    if ranks()[0] == 0:
-        last, best = run["records"][-1], best_record(run)
+        say(f"continuing {out} after epoch {records[-1]['epoch']}")
+        if rank == 0:
+            write_log(out, records)         # it lacks a line where the run was killed after its checkpoint
+
+    for epoch in range(len(records), args.epochs + 1):
+        if epoch == 0:
+            train_head(model, batches, sampler, args)
+            record = {"epoch": 0, "settings": {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}}
+        else:
+            model.train()
+            sampler.set_epoch(epoch)
+            rate = args.lr * args.lr_decay ** sum(epoch > drop for drop in args.lr_drops)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            seen = torch.zeros(2, steps, device=args.device)    # (2, steps) loss and gradient norm
+            start = shown = time.perf_counter()
+            for step, (x, y, _) in enumerate(batches, 1):
+                if args.fill_memory and args.method != "none" and criterion.step == args.warmup_steps:
+                    fill_memory(model, criterion, splits.train, args)
+                x, y = x.to(args.device, non_blocking=True), y.to(args.device, non_blocking=True)
+                state = random_state() if step % probe.every == 0 else None
+                with autocast(args.device, args.amp):
+                    z = network(x)                              # (b, D) this process's share of the batch
+                loss = criterion(gather(z.float()), gather(y))          # () the same value in every process
+                optimizer.zero_grad()
+                scaler.scale(world * loss).backward()       # gradients are averaged over the processes
+                scaler.unscale_(optimizer)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)     # clips nothing
+                scaler.step(optimizer)                          # fp16: not where the norm is not finite
+                scaler.update()
+                seen[:, step - 1] = torch.stack([loss.detach(), norm])
+                if state is not None:
+                    probe.look(step, model, criterion, x, y, acbn.normalize(z.detach()), state)
+                now = time.perf_counter()
+                if now - shown > 5 or step == steps:        # seldom: the host waits for the device here
+                    shown, speed = now, step / (now - start)
+                    so_far = summary(seen, step, epoch, rate, args.amp)
+                    left = ((args.epochs - epoch) * steps + steps - step) / speed
+                    say(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  loss {loss.item():.4f}  "
+                        f"{speed * args.batch_size:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")
+            started = args.method in ("xbn", "ema", "axbn") and criterion.step > args.warmup_steps
+            record = {"epoch": epoch, "lr": rate, **so_far,
+                      "gain": criterion.K.item() if started else None, "memory": len(criterion.memory),
+                      "images_per_second": round(speed * args.batch_size, 1), **probe.take()}
+            if record.get("spread", 1) < 0.01:
+                record["warning"] = "the embeddings have collapsed: all images get nearly the same one"
+                say(f"warning: {record['warning']} (spread {record['spread']:.2g} of 1)")
+        # Evaluate, log, save.
+        start, options = time.perf_counter(), (vars(args), args.device, args.workers)
+        record.update(evaluate(model, splits, ks, *options))
+        if val:
+            held_out = evaluate(model, data.Splits(None, val), [1], *options)
+            record.update({f"val_{name}": value for name, value in held_out.items() if name == "recall@1"})
+        records.append({**record, "eval_seconds": round(time.perf_counter() - start, 1)})
+        say(f"epoch {epoch}/{args.epochs}  "
+            + "  ".join(f"{k} {100 * v:.2f}" for k, v in record.items() if "recall" in k or "map" in k))
+        save(out, args, fingerprint, parts, records)
+
+    if rank == 0:
+        last, best = records[-1], best_of(records)
         say(f"Recall@1: last {100 * last['recall@1']:.2f} (epoch {last['epoch']}), best "
             f"{100 * best['recall@1']:.2f} (epoch {best['epoch']}, chosen on "
-            f"{'held-out training classes' if run['val'] else 'the test split'})")
-    return run["records"]
+            f"{'held-out training classes' if val else 'the test split'})")
+        lock.close()
+    return records
 
 
 def main(argv=None):
-    args = parse_args(argv)
     try:
-        return train(args)
+        return train(parse_args(argv))
     except (data.UserError, OSError) as error:
         sys.exit(f"train.py: {data.sentence(error)}")
 
 
-def stop(pid, number, frame):
-    """Ends the process at once, which no file minds: each is written whole, then renamed. (An exception
-    would now and then be raised in some object's destructor, where Python drops it: the run would go on.)
-    """
-    if os.getpid() == pid:                              # the loader's workers inherit this handler
-        os.write(2, b"train.py: stopped; the same command continues after the last whole epoch\n")
-        for worker in multiprocessing.active_children():
-            worker.kill()
-    os._exit(130)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, partial(stop, os.getpid()))       # clusters preempt
-    signal.signal(signal.SIGINT, partial(stop, os.getpid()))        # Ctrl-C
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends it at once, as SIGTERM does: no file minds
     main()
