@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -734,7 +734,12 @@ def download(name, root):
         return print(f"{name} is in {root} already")
     print(f"fetching {size} from {address} to {archive}, to be unpacked there", flush=True)
     try:
-        download_and_extract_archive(address, root, md5=md5, remove_finished=True)
+        Path(root).mkdir(parents=True, exist_ok=True)
+        if not check_integrity(archive, md5):
+            torch.hub.download_url_to_file(address, str(archive))
+        if not check_integrity(archive, md5):
+            raise ValueError("its MD5 is not the one expected")
+        extract_archive(archive, root, remove_finished=True)
     except (URLError, OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"--download: {address} could not be fetched to {archive} ({error})") from None
 
