@@ -2492,11 +2492,11 @@ def test_fresh_memory_holds_what_the_present_network_makes_of_its_images(tmp_pat
     adapt = variants.Fresh.adapt
 
     def watched(self, z):
-        n = len(self.memory)
+        n, pixels = len(self.memory), None if self.pixels is None else self.pixels.clone()
         adapt(self, z)
         if n:
             with torch.no_grad():
-                fresh = acbn.normalize(self.model(self.pixels[:n]))
+                fresh = acbn.normalize(self.model(pixels[:n]))
             torch.testing.assert_close(self.memory.embeddings[:n], fresh, rtol=0, atol=1e-5)
             seen.append(n)
     monkeypatch.setattr(variants.Fresh, "adapt", watched)
@@ -2562,6 +2562,10 @@ def test_draw_shows_the_worst_queries_first_with_their_neighbours():
 
 # ---------------------------------------------------------------- the README
 
+STANDS_FOR = {"$s": "0", "$m": "xbn", "$bn": "frozen", "$loss": "ms", "MEAN": "1", "STD": "0.2",
+              "W": "9", "B": "16", "LR": "1e-3", "METHOD": "xbn", "M": "0.5", "S": "0"}
+
+
 def readme_blocks(language, path="README.md"):
     return re.findall(rf"```{language}\n(.*?)```", (HERE / path).read_text(), re.S)
 
@@ -2579,7 +2583,7 @@ def test_readme_commands_are_accepted_by_the_scripts(path):
         if words[:1] == ["torchrun"]:
             words = ["python", *words[2:]]
         if words[:1] == ["python"] and words[1] in parsers:
-            parsers[words[1]]([{"$s": "0", "$m": "xbn"}.get(word, word) for word in words[2:]])
+            parsers[words[1]]([STANDS_FOR.get(word, word) for word in words[2:]])
             seen.add(words[1])
         elif words:
             assert words[0] in ("python", "for", "do", "done"), command
