@@ -4,7 +4,7 @@
 XBN and AXBN are by Ajanthan, Ma, van den Hengel and Gould, "Adaptive Cross Batch Normalization for Metric
 Learning", arXiv 2303.17127: sections, equations and lines of Algorithm 1 below are that paper's. It writes
 AXBN; ACBN, the name of this file, is the same. The memory is XBM, Wang et al., arXiv 1912.06798.
-test_acbn.py checks every function against float64 loops. This file needs torch alone: copy it.
+This file needs torch alone: copy it.
 
     >>> criterion = CrossBatchLoss(dim=16, size=256, method="axbn")     # remembers 256 embeddings
     >>> encoder = torch.nn.Linear(8, 16)
@@ -26,7 +26,7 @@ Symbols (paper | here | shape):
     p, K, q, r | variance of the estimate, gain, process noise, measurement noise | scalars
 
 Readings, where the paper leaves something open:
-    1. The deviation is the unbiased one. A batch or a memory of one row has none, and nothing is adapted; a
+    1. The deviation is the unbiased one. A batch of one row has none, so nothing is adapted to it; a
        dimension that is constant in the memory or in the batch is shifted and not scaled.
     2. The first moments measured are the first estimates.
     3. Adapted rows leave the unit sphere. They are stored as they are and normalised to be compared.
@@ -89,7 +89,8 @@ def kalman_gain(p, q, r):
 
 # ---------------------------------------------------------------- pairs and losses
 # A loss takes sim (B, N), the cosine similarities of B anchors to N references, and two boolean masks (B, N)
-# that say which of them are positive and which are negative pairs. It returns a scalar.
+# of the positive and of the negative pairs. It returns a scalar, in the precision of sim: CrossBatchLoss
+# gives it 32 bits at least.
 
 def pair_masks(y, reference_y, own=None, rows=None):
     """Which references share the anchor's class, and which have another: two boolean masks (B, N).
@@ -172,7 +173,7 @@ def contrastive_loss(sim, positive, negative, margin=0.5):
 # ---------------------------------------------------------------- the memory, and the loss against it
 
 def whole_or_nothing(module, state, prefix):
-    """What of a state a module may load: all of it, or nothing where a part is missing. Refuses other sizes."""
+    """What of a state a module may load: all, or nothing where a part is missing. Refuses other sizes."""
     own = {prefix + name: buffer for name, buffer in module.named_buffers()}
     for name, buffer in own.items():
         if name in state and state[name].shape != buffer.shape:
@@ -274,8 +275,10 @@ class CrossBatchLoss(torch.nn.Module):
     def reset(self):
         """Forget the memory, the estimates and the warm-up."""
         self.memory.reset()
-        self.mean.zero_(), self.std.zero_()
-        self.p.fill_(1), self.K.fill_(1)                                    # p0 = 1 (Sec. 5.1)
+        self.mean.zero_()
+        self.std.zero_()
+        self.p.fill_(1)                                                     # p0 = 1 (Sec. 5.1)
+        self.K.fill_(1)
         self.step = 0               # calls so far; an integer of the host, which decides by it what to do
 
     def forward(self, z, y):
@@ -296,7 +299,7 @@ class CrossBatchLoss(torch.nn.Module):
                     # The adapted memory stays in store: it is one step behind, not many (Sec. 3.1).
                     self.adapt(z.detach())
                     own = memory.enqueue(z.detach(), y)                     # (n,)
-                reference = normalize(memory.all_embeddings)                # (M, D) a copy: the store may change
+                reference = normalize(memory.all_embeddings)                # (M, D) a copy: the store changes
                 loss = loss + self.compare(z, y, reference, memory.all_labels, own, memory.filled())
             self.step += self.training
             return loss
@@ -319,12 +322,10 @@ class CrossBatchLoss(torch.nn.Module):
         new_mean = self.mean.lerp(mean, gain)                       # (D,) line 4: mu^ + K (E[B] - mu^)
         new_std = self.std.lerp(std.where(std > 0, self.std), gain)         # (D,) line 5
         target = new_std.where(std > 0, 0)                                  # (D,) 0: only shifted
-        matched = match_moments(memory.all_embeddings, new_mean, target, memory.filled())       # lines 6-9
-        # One row has no deviation, be it the batch or the memory: then all stays as it is.
-        for old, new in ((self.p, p), (self.K, K), (self.mean, new_mean), (self.std, new_std)):
-            old.copy_(torch.where(n > 1, new, old))
-        both = (n > 1) & (memory.written > 1)                               # ()
-        memory.all_embeddings.copy_(torch.where(both, matched, memory.all_embeddings))
+        matched = match_moments(memory.all_embeddings, new_mean, target, memory.filled())   # (M, D) lines 6-9
+        for old, new in ((self.p, p), (self.K, K), (self.mean, new_mean), (self.std, new_std),
+                         (memory.all_embeddings, matched)):
+            old.copy_(torch.where(n > 1, new, old))         # one row has no deviation: all stays as it is
 
     def compare(self, z, y, reference, reference_y, own, rows=None):
         """The loss of anchors z (B, D) against references (N, D); own and rows as `pair_masks` takes them."""

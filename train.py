@@ -8,7 +8,6 @@ Every epoch writes <out>/log.jsonl (one JSON line an epoch), <out>/checkpoint.pt
 far, <out>/best.pt. The same command continues where it stopped.
 """
 import argparse
-import fcntl
 import json
 import math
 import os
@@ -348,9 +347,15 @@ def claim(out):
     """The folder's lock, held until it is closed or the process ends, however it ends."""
     lock = (out / "lock").open("w")
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise data.UserError(f"--out {out}: another run is writing there; use another --out") from None
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise data.UserError(f"--out {out}: another run is writing there ({error.strerror}); "
+                             "use another --out") from None
     return lock
 
 
@@ -465,6 +470,7 @@ def train(args):
     if args.epochs == 0:
         say(f"Recall@1 of raw pixels: {100 * raw_pixels(splits, args):.2f}")
     out = Path(args.out)
+    say(f"writing to {out}; stopped at any time, the same command continues after the last whole epoch")
     out.mkdir(parents=True, exist_ok=True)
     lock = claim(out) if rank == 0 else None
     resumed = (out / "checkpoint.pt").exists()
