@@ -6,7 +6,7 @@ Runs whose names differ by "-s<seed>" alone are drawn as one, the mean and one d
     python results/draw.py overview runs/a-s0 runs/b-s0 --out overview.png          recall and drift alone
     python results/draw.py against batch_size memory_ratio --runs runs/a-s0 runs/b-s0 --out figure.png
     python results/draw.py sheet runs/a-s0/best.pt --show 8 --out sheet.png         the worst queries
-    python results/draw.py idea --steps 300 --out idea.png --backbone conv4         stored and adapted rows
+    python results/draw.py idea --steps 40 --out idea.png --batch-size 64           stored and adapted rows
 
 Needs matplotlib. `idea` takes train.py's flags; `--help` after a command lists its own.
 """
@@ -269,7 +269,7 @@ def idea(args, flags):
         axis.plot(*f.T, "o", ms=3.5, color="#0060c0", label="the same image, embedded now")
         axis.set(title=f"{title}: {distance:.2f} from fresh", xticks=[], yticks=[], aspect="equal")
         print(f"{title}: mean distance {distance:.3f}")
-    axes[0].legend(loc="upper left", fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(args.out, dpi=110)
 
 
