@@ -27,7 +27,7 @@ Symbols (paper | here | shape):
 
 Readings, where the paper leaves something open:
     1. The deviation is the unbiased one. A batch of one row has none, so nothing is adapted to it; a
-       dimension that is constant in the memory or in the batch is shifted and not scaled.
+       dimension that is constant in the batch or in the memory (of one row, say) is shifted, not scaled.
     2. The first moments measured are the first estimates.
     3. Adapted rows leave the unit sphere. They are stored as they are and normalised to be compared.
     4. The margins of the paper's miner are Euclidean distances, as in the library its authors used.
@@ -47,7 +47,7 @@ METHODS = ("none", "xbm", "xbm+batch", "xbn", "ema", "axbn")
 # ---------------------------------------------------------------- moments, and the memory matched to them
 
 def normalize(z):
-    """Rows of z (N, D) scaled to unit length, in float32 at least. A row of zeros stays one."""
+    """Rows of z (N, D) scaled to unit length, in float32 at least; a row of zeros stays zero."""
     return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
 
 
@@ -57,7 +57,7 @@ def moments(z, rows=None):
     rows (N,): True for the rows that count; by default all, and then at least two. The deviation of a
     dimension that is constant up to rounding is exactly 0.
     """
-    if z.ndim != 2 or rows is None and len(z) < 2:
+    if z.ndim != 2 or (rows is None and len(z) < 2):
         raise ValueError(f"moments needs a matrix of at least 2 rows, got shape {tuple(z.shape)}")
     rows = torch.ones_like(z[:, :1], dtype=torch.bool) if rows is None else rows[:, None]           # (N, 1)
     n = rows.sum()                                                          # () rows that count
@@ -95,8 +95,8 @@ def kalman_gain(p, q, r):
 def pair_masks(y, reference_y, own=None, rows=None):
     """Which references share the anchor's class, and which have another: two boolean masks (B, N).
 
-    y (B,), reference_y (N,): labels. own (n,): where the last n anchors are themselves among the
-    references, which makes no pair. rows (N,): True for the references that count, by default all.
+    y (B,), reference_y (N,): labels. own (n,): the columns of the last n anchors, if they are among the
+    references; with itself none makes a pair. rows (N,): True for the references that count, by default all.
     """
     positive = y[:, None] == reference_y                                    # (B, N) True: same class
     negative = ~positive                                                    # (B, N) True: another class
@@ -151,7 +151,7 @@ def supcon_loss(sim, positive, negative, temperature=0.1):
     loss is above 0; the loss is 0 where the whole batch has no positive or no negative.
     """
     l = sim / temperature                                                   # (B, N)
-    lowest = torch.finfo(l.dtype).min       # not -inf: a row without any pair would get a gradient of NaN
+    lowest = torch.finfo(l.dtype).min       # not -inf: a row without any pair would have NaN on its way back
     log_sum = l.masked_fill(~(positive | negative), lowest).logsumexp(1, keepdim=True)              # (B, 1)
     losses = (log_sum - l).masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp_min(1)          # (B,)
     counts = (losses > 0) & positive.any() & negative.any()                 # (B,) True: part of the mean
@@ -174,10 +174,10 @@ def contrastive_loss(sim, positive, negative, margin=0.5):
 
 def whole_or_nothing(module, state, prefix):
     """What of a state a module may load: all, or nothing where a part is missing. Refuses other sizes."""
-    own = {prefix + name: buffer for name, buffer in module.named_buffers()}
-    for name, buffer in own.items():
-        if name in state and state[name].shape != buffer.shape:
-            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(buffer.shape)}: "
+    own = module.state_dict(prefix=prefix)
+    for name, value in own.items():
+        if name in state and state[name].shape != value.shape:
+            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(value.shape)}: "
                              "a state of another size or dim, of which nothing was loaded")
     return state if own.keys() <= state.keys() else {}
 
@@ -220,13 +220,13 @@ class CrossBatchMemory(torch.nn.Module):
                              f"labels (B,), got {tuple(z.shape)} and {tuple(y.shape)}")
         finite = z.isfinite().all(1)                                            # (B,)
         last = finite.int().argsort(stable=True)[-self.size:]       # (n,) finite rows in order, behind others
-        z, y, finite = z[last].to(self.all_embeddings.dtype), y[last], finite[last]     # (n, D), (n,), (n,)
-        place = torch.arange(len(z), device=z.device) - (~finite).sum()         # (n,) finite rows: 0, 1, ...
+        z, y, finite = z[last], y[last], finite[last]                           # (n, D), (n,), (n,)
+        place = torch.arange(len(z), device=z.device) - (~finite).sum()         # (n,) 0, 1, ... if finite
         slots = (self.written + place) % self.size                              # (n,)
         z = torch.where(finite[:, None], z, self.all_embeddings[slots])         # (n, D) or what is there
         y = torch.where(finite, y, self.all_labels[slots])                      # (n,)
-        self.all_embeddings.index_copy_(0, slots, z)
-        self.all_labels.index_copy_(0, slots, y)
+        self.all_embeddings.index_copy_(0, slots, z.to(self.all_embeddings.dtype))
+        self.all_labels.index_copy_(0, slots, y.to(self.all_labels.dtype))
         self.written += finite.sum()
         return slots
 
@@ -248,7 +248,8 @@ class CrossBatchLoss(torch.nn.Module):
     loss: any function of sim (B, N) and two boolean masks (B, N); one with parameters is trained too.
     process_noise, measurement_noise, gain_interval: q, r and how often K is renewed, "axbn" only.
     warmup_steps: so many first calls act like "none" and leave the memory alone.
-    In eval mode a batch is compared with the memory as it is, and nothing changes.
+    In eval mode a batch is compared with the memory as it is, and nothing changes. Keep the criterion itself
+    in float32 (or float64); the embeddings may have 16 bits.
     """
 
     def __init__(self, dim, size, method="axbn", loss=multi_similarity_loss, process_noise=1.0,
@@ -290,17 +291,17 @@ class CrossBatchLoss(torch.nn.Module):
             z = normalize(z).to(self.mean.dtype)                            # (B, D)
             # Adds nothing, but keeps the graph without any pair, and NaN where a loss's masks would hide it.
             loss = 0 * z.sum()                                              # ()
-            warm = self.step >= self.warmup_steps
-            if self.method in ("none", "xbm+batch") or not warm:
+            use_memory = self.method != "none" and self.step >= self.warmup_steps
+            if self.method == "xbm+batch" or not use_memory:
                 loss = loss + self.compare(z, y, z, y, torch.arange(len(z), device=z.device))
-            if self.method != "none" and warm:
-                memory, own = self.memory, None
+            if use_memory:
+                memory, slots = self.memory, None
                 if self.training:
                     # The adapted memory stays in store: it is one step behind, not many (Sec. 3.1).
-                    self.adapt(z.detach())
-                    own = memory.enqueue(z.detach(), y)                     # (n,)
+                    self.adapt(z)
+                    slots = memory.enqueue(z, y)                            # (n,)
                 reference = normalize(memory.all_embeddings)                # (M, D) a copy: the store changes
-                loss = loss + self.compare(z, y, reference, memory.all_labels, own, memory.filled())
+                loss = loss + self.compare(z, y, reference, memory.all_labels, slots, memory.filled())
             self.step += self.training
             return loss
 
@@ -309,8 +310,9 @@ class CrossBatchLoss(torch.nn.Module):
         """Algorithm 1 for the batch z (B, D): follow its moments, then match the memory to them."""
         if self.method not in ("xbn", "ema", "axbn"):
             return
-        memory, finite, p, K = self.memory, z.isfinite().all(1), self.p, self.K
-        n = finite.sum()                                                    # () rows that count
+        memory, p, K = self.memory, self.p, self.K
+        finite = z.isfinite().all(1)                                        # (B,) True: the row counts
+        n = finite.sum()                                                    # ()
         mean, std = moments(z, finite)                                      # (D,), (D,) E[B], s[B]
         if self.method == "xbn":
             K = torch.ones_like(K)
@@ -318,9 +320,9 @@ class CrossBatchLoss(torch.nn.Module):
             K = torch.full_like(K, 1 - self.momentum)                       # App. C
         elif (self.step - self.warmup_steps) % self.gain_interval == 0:
             p, K = kalman_gain(p, self.q, self.r / n.clamp_min(1))          # lines 1-3, r / |B| (Sec. 3.2.1)
-        gain = torch.where(self.std > 0, K, 1)                              # (D,) reading 2
-        new_mean = self.mean.lerp(mean, gain)                       # (D,) line 4: mu^ + K (E[B] - mu^)
-        new_std = self.std.lerp(std.where(std > 0, self.std), gain)         # (D,) line 5
+        share = torch.where(self.std > 0, K, 1)                     # (D,) 1: the batch's, as there is none yet
+        new_mean = self.mean.lerp(mean, share)                      # (D,) line 4: mu^ + K (E[B] - mu^)
+        new_std = self.std.lerp(std.where(std > 0, self.std), share)        # (D,) line 5
         target = new_std.where(std > 0, 0)                                  # (D,) 0: only shifted
         matched = match_moments(memory.all_embeddings, new_mean, target, memory.filled())   # (M, D) lines 6-9
         for old, new in ((self.p, p), (self.K, K), (self.mean, new_mean), (self.std, new_std),
