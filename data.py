@@ -247,8 +247,8 @@ class CleanFolder(ImageFolder):
 
 
 def folder(root):
-    """One folder a class: root/{train,test}/<class>/* (or val/ for test/), or root/<class>/*, of which the
-    first half trains and the rest tests.
+    """One folder a class: root/{train,test}/<class>/* (or val/, valid/ or validation/ for test/), or
+    root/<class>/*, of which the first half trains and the rest tests.
     """
     def read(path):
         try:
@@ -261,9 +261,9 @@ def folder(root):
         return split([path for path, _ in samples], [label for _, label in samples])
 
     root = Path(root)
-    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    test = [root / name for name in ("test", "val", "valid", "validation") if (root / name).is_dir()]
     if (root / "train").is_dir() and test:
-        return Splits(read(root / "train"), read(test))
+        return Splits(read(root / "train"), read(test[0]))
     images, y, _ = read(root)
     n = int((y < (int(y.max()) + 1) // 2).sum())        # classes are sorted, so the first half comes first
     return Splits(Split(images[:n], y[:n]), Split(images[n:], y[n:]))
@@ -324,7 +324,7 @@ DATASETS = {
                      page="https://pkuml.org/resources/pku-vehicleid.html (permission by e-mail)"),
     "folder": Row(folder, (1, 2, 4, 8), {}, tree="""\
     train/<class>/*.jpg and test/<class>/*.jpg
-    (or val/ in place of test/)
+    (or val/, valid/ or validation/ in place of test/)
     or <class>/*.jpg (the first half of the sorted classes trains, the rest tests)"""),
 }
 

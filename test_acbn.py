@@ -1491,7 +1491,7 @@ def test_folder_leaves_out_the_by_products_of_other_programs(tmp_path, capsys):
     assert told.count("note: ") == 1 and f"7 files in {tmp_path} left out" in told
 
 
-@pytest.mark.parametrize("test", ["test", "val"])
+@pytest.mark.parametrize("test", ["test", "val", "valid"])
 def test_folder_reads_train_and_val_as_train_and_test(tmp_path, test):
     make_folder(tmp_path / "train"), make_folder(tmp_path / test)
     splits = data.load("folder", tmp_path)
