@@ -170,15 +170,18 @@ def against(args):
 # ---------------------------------------------------------------- contact sheets
 
 def worst_queries(query, gallery, show):
-    """[(query, rank of its first match or inf, its nearest 7, its first match)], the worst `show`; query,
-    gallery: (embeddings, labels), the gallery (None, None) where the queries are searched themselves.
+    """The worst `show` queries: (query, rank of its first match or inf, its nearest 7, its first match), the
+    last two as (image, similarity). query, gallery: (embeddings, labels), the gallery (None, None) where the
+    queries are searched themselves.
     """
     (z, y), rows = query, []
     for positives, negatives in evaluation.search(*query, *gallery):
         sim = positives.maximum(negatives)                                                  # (b, G)
         rank = evaluation.first_rank(positives, negatives)                                  # (b,)
-        near = sim.topk(min(7, sim.shape[1] - (gallery[0] is None))).indices                # (b, 7)
-        rows += zip(rank.tolist(), near.tolist(), positives.argmax(1).tolist())
+        near = sim.topk(min(7, sim.shape[1] - (gallery[0] is None)))                        # (b, 7), (b, 7)
+        nearest = [list(zip(*pair)) for pair in zip(near.indices.tolist(), near.values.tolist())]
+        first = positives.max(1)                                                            # (b,), (b,)
+        rows += zip(rank.tolist(), nearest, zip(first.indices.tolist(), first.values.tolist()))
     order = sorted(range(len(y)), key=lambda q: (-rows[q][0], q))[:show]
     return [(q, *rows[q]) for q in order]
 
@@ -197,10 +200,10 @@ def sheet(args):
     for row, (q, rank, near, first) in zip(axes, worst):
         y = int(splits.query.labels[q])
         tile(row[0], splits.query, q, f"class {y}", None)
-        for k, (axis, g) in enumerate(zip(row[1:8], near), 1):
-            tile(axis, searched, g, f"#{k}", int(searched.labels[g]) == y)
+        for k, (axis, (g, sim)) in enumerate(zip(row[1:8], near), 1):
+            tile(axis, searched, g, f"#{k}  {sim:.3f}", int(searched.labels[g]) == y)
         if rank < float("inf"):
-            tile(row[8], searched, first, f"#{rank:.0f}", True)
+            tile(row[8], searched, first[0], f"#{rank:.0f}  {first[1]:.3f}", True)
         for axis in row[len(near) + 1:8] if rank < float("inf") else row[len(near) + 1:]:
             axis.axis("off")
     for column, title in ((0, "query"), (4, "nearest images"), (8, "first right one")):
