@@ -987,7 +987,7 @@ def strip(records):
 
 def script(*command, cwd=HERE, **env):
     return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
-                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2", **env})
+                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
 
 
 def free_port():
@@ -2047,7 +2047,7 @@ def interrupted(out, number, wait, flags=(*TINY, "--workers", "2", "--epochs", "
     """Sends a signal `wait` seconds into the training of a long run: exit code, seconds it took, words."""
     run = subprocess.Popen([sys.executable, HERE / "train.py", *flags, "--out", out], cwd=HERE, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                           env={**os.environ, "OMP_NUM_THREADS": "2"})
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         while (line := run.stdout.readline()) and not line.startswith("epoch"):
             pass

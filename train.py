@@ -41,11 +41,17 @@ SMALL = dict(
 PRESETS = {"synthetic": SMALL, "sop": PAPER, "inshop": PAPER, "vehicleid": PAPER, "folder": PAPER,
            "df2": {**PAPER, "memory_ratio": 1.0, "gain_interval": 10}}
 
+
+def contrastive_pairs(sim, positive, negative):
+    """The pairs that XBM's contrastive loss looks at: two masks (B, N)."""
+    return positive, negative & (sim > 0.5)
+
+
 # name: (the loss, the mining whose pairs the log counts)
 LOSSES = {
     "ms": (acbn.multi_similarity_loss, acbn.multi_similarity_pairs),
     "supcon": (acbn.mined_supcon_loss, acbn.pair_margin),
-    "contrastive": (acbn.contrastive_loss, lambda sim, p, n: (p, n & (sim > 0.5))),
+    "contrastive": (acbn.contrastive_loss, contrastive_pairs),
 }
 MAY_CHANGE = {"epochs", "workers", "device", "out", "root", "allow_partial"}    # on resuming
 FORMAT = 2              # of checkpoint.pt
