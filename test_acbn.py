@@ -2586,6 +2586,76 @@ def test_draw_shows_the_worst_queries_first_with_their_neighbours():
     assert second[1] == 2 or second[1] == 1
 
 
+FRESH = ["fresh", *TINY, "--bn", "frozen", "--memory-ratio", "3"]       # rows outlast an epoch
+
+
+def test_fresh_resumes_with_the_pixels_of_its_rows(tmp_path):
+    for out, epochs in (("whole", "2"), ("cut", "1"), ("cut", "2")):
+        done = script("results/variants.py", *FRESH, "--epochs", epochs, "--out", str(tmp_path / out))
+        assert done.returncode == 0, done.stderr
+    a, b = (evaluation.load_file(tmp_path / out / "checkpoint.pt") for out in ("whole", "cut"))
+    assert same(a["model"], b["model"]) and same(a["criterion"], b["criterion"])
+    done = script("train.py", *TINY, *FRESH[-4:], "--method", "xbn", "--out", str(tmp_path / "cut"))
+    assert done.returncode == 1 and "not a checkpoint of" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("flags, world", [(["--fill-memory"], "1"), ([], "2")])
+def test_fresh_refuses_rows_whose_pixels_it_has_not_seen(flags, world, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(SystemExit):
+        results_script("variants").parse_args([*FRESH, *flags])
+    assert "one process, and no --fill-memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--rows 8", "--rows 8 is less than --batch-size 16"), ("--rows 32 --backbone nosuch", "nosuch"),
+    ("--rows 200 --batch-size 192", "needs 48 classes")])
+def test_idea_refuses_flags_that_do_not_fit(flags, message, tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit, match=message):
+        results_script("draw").main(["idea", "--steps", "2", *TINY, *flags.split(),
+                                     "--out", str(tmp_path / "i.png")])
+
+
+def test_logs_without_scores_are_refused_with_a_sentence(tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = {"settings": {}, "recall@1": 0.5}, {"settings": {}, "recall@1": "x", "map@r": 1}
+    for k, line in enumerate(lines):
+        (tmp_path / f"{k}.jsonl").write_text(json.dumps(line) + "\n")
+        with pytest.raises(SystemExit, match="cannot be read as the log of a run"):
+            results_script("draw").main(["curves", str(tmp_path / f"{k}.jsonl"),
+                                         "--out", str(tmp_path / "p.png")])
+
+
+def test_sheet_takes_a_device_or_says_that_it_cannot(tmp_path, capsys):
+    draw = results_script("draw")
+    assert draw.parse_args(["sheet", "x.pt", "--device", "cpu"]).device == "cpu"
+    with pytest.raises(SystemExit):
+        draw.parse_args(["sheet", "x.pt", "--device", "cuda:99"])
+    assert "--device cuda:99 cannot be used" in capsys.readouterr().err
+
+
+def test_results_scripts_end_mistakes_with_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "pytest.py").write_text("raise ImportError('No module named pytest')")
+    without = {"PYTHONPATH": str(tmp_path)}
+    for words, env in ((("bench.py", "rehearsal", str(tmp_path / "file")), {}),
+                       (("faults.py", "--kills", "0"), {}),
+                       (("faults.py",), without)):
+        done = script(f"results/{words[0]}", *words[1:], **env)
+        assert done.returncode != 0 and done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name", ["bench", "faults", "variants", "draw"])
+def test_results_docstrings_show_commands_that_their_parsers_accept(name):
+    module = results_script(name)
+    lines = [line.split("   ")[0] for line in map(str.strip, module.__doc__.splitlines())]
+    commands = [line for line in lines if line.startswith(f"python results/{name}.py")]
+    assert commands
+    for command in commands:
+        module.parse_args(shlex.split(command.replace("MEAN STD", "1 measured"))[2:])
+
+
 # ---------------------------------------------------------------- the README
 
 STANDS_FOR = {"$s": "0", "$m": "xbn", "$bn": "frozen", "$loss": "ms", "MEAN": "1", "STD": "0.2",

@@ -211,9 +211,10 @@ def bench_gpu(B=64, M=60000):
 
 def bench_twin():
     """The same training with this repository's losses and with another library's."""
-    from test_acbn import TWINS, twin_differences
-    if not (name := peer("pytorch_metric_learning", "pytorch-metric-learning")):
+    name = peer("pytorch_metric_learning", "pytorch-metric-learning")
+    if not name or not peer("pytest", "pytest"):
         return
+    from test_acbn import TWINS, twin_differences
     print(f"{name}, torch {torch.__version__}, 200 steps in float64")
     table(("method", "loss", "greatest difference"),
           *((*pair, float(twin_differences(*pair)[0].max())) for pair in TWINS))
@@ -258,8 +259,11 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     args = parse_args()
-    if args.bench == "rehearsal":
-        sys.exit(rehearsal(args.root))
-    torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    BENCHES[args.bench]()
+    try:
+        if args.bench == "rehearsal":
+            sys.exit(rehearsal(args.root))
+        torch.manual_seed(0)
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+        BENCHES[args.bench]()
+    except (data.UserError, OSError) as error:
+        sys.exit(f"bench.py: {data.sentence(error)}")

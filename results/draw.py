@@ -36,7 +36,7 @@ def read_runs(paths):
         log = path / "log.jsonl" if path.is_dir() else path
         try:
             records = [json.loads(line) for line in log.read_text().splitlines()]
-            records[0]["settings"], records[-1]["recall@1"]
+            records[0]["settings"], [r["recall@1"] + r["map@r"] + 0.0 for r in records]     # numbers
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise data.UserError(f"{log}: cannot be read as the log of a run ({error})") from None
         name = re.sub(r"-s\d+$", "", path.name.removesuffix(".jsonl"))
@@ -188,10 +188,11 @@ def worst_queries(query, gallery, show):
 
 def sheet(args):
     model, state = evaluation.rebuild(args.checkpoint)
+    model.to(args.device)
     settings = {**state["settings"], "amp": "off", **({"root": args.root} if args.root else {})}
     splits = data.load_for(settings, settings["allow_partial"])
     data.refuse_other_data(args.checkpoint, state["data"], data.fingerprint(splits))
-    query, gallery = evaluation.embed_test(model, splits, settings)
+    query, gallery = evaluation.embed_test(model, splits, settings, args.device)
     ks = evaluation.usable_ks(data.DATASETS[settings["dataset"]].ks, evaluation.searched(splits))
     print("  ".join(f"{k} {100 * v:.2f}" for k, v in evaluation.scores(query, gallery, ks).items()))
     worst = worst_queries(query, gallery, args.show)
@@ -231,12 +232,18 @@ def two_memories(args, flags):
     same rows as stored and as adapted at every step.
     """
     train_args = train.parse_args(flags)
+    device, batch = train_args.device, train_args.batch_size
+    if args.rows < batch:
+        raise data.UserError(f"--rows {args.rows} is less than --batch-size {batch}")
     torch.manual_seed(train_args.seed)
-    _, splits, _, sampler = train.load_data(train_args)
-    model = train.make_model(train_args)
+    try:
+        _, splits, _, sampler = train.load_data(train_args)
+        model = train.make_model(train_args)
+    except (ValueError, RuntimeError) as error:         # flags that do not fit data or model
+        raise data.UserError(error) from None
     images = data.Images(splits.train, train_args.image_size, train_args.augment, training=True)
     loss = train.LOSSES[train_args.loss][0]
-    stored, adapted = (acbn.CrossBatchLoss(train_args.dim, args.rows, method, loss)
+    stored, adapted = (acbn.CrossBatchLoss(train_args.dim, args.rows, method, loss).to(device)
                        for method in ("xbm", "xbn"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=train_args.lr)
     pixels, epoch = [], 0
@@ -246,24 +253,26 @@ def two_memories(args, flags):
         for x, y, _ in data.loader(images, batch_sampler=data.Seeded(sampler)):
             if adapted.step == args.steps:
                 break
+            x, y = x.to(device), y.to(device)
             z = model(x)
             stored(z.detach(), y)
             loss = adapted(z, y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            pixels = [*pixels, x][-(args.rows // len(x)):]
+            pixels = [*pixels, x][-(args.rows // batch):]
         print(f"step {adapted.step}/{args.steps}  loss {loss.item():.4f}", flush=True)
     with train.without_trace(model, train.random_state()):
         fresh = torch.cat([acbn.normalize(model(x)) for x in pixels])                       # (n, D)
     slots = train.own_slots(stored.memory, len(fresh))                                      # (n,)
-    return fresh, *(acbn.normalize(c.memory.all_embeddings[slots]) for c in (stored, adapted))
+    rows = (acbn.normalize(c.memory.all_embeddings[slots]) for c in (stored, adapted))      # each (n, D)
+    return fresh.cpu(), *(r.cpu() for r in rows)
 
 
 def idea(args, flags):
     fresh, stored, adapted = two_memories(args, flags)
-    _, _, axes_of = torch.pca_lowrank(torch.cat([fresh, stored]), 2)                        # (D, 2)
-    figure, axes = pyplot().subplots(1, 2, figsize=(10, 5), sharex=True, sharey=True, layout="constrained")
+    _, _, axes_of = torch.pca_lowrank(fresh, 2)             # (D, 2) the fresh ones', so neither panel's rows'
+    figure, axes = pyplot().subplots(1, 2, figsize=(10, 5.4), sharex=True, sharey=True, layout="constrained")
     f = fresh @ axes_of                                                                     # (n, 2)
     for axis, rows, title in ((axes[0], stored, "as stored (XBM)"), (axes[1], adapted, "adapted (XBN)")):
         r, distance = rows @ axes_of, (rows - fresh).norm(dim=1).mean()
@@ -300,6 +309,7 @@ def parse_args(argv=None):
     add["sheet"]("checkpoint", type=Path)
     add["sheet"]("--show", type=data.number(int, 1), default=8, metavar="N", help="how many queries (8)")
     add["sheet"]("--root", help="the folder with the unpacked archive (as in training)")
+    add["sheet"]("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add["idea"]("--steps", type=data.number(int, 1), default=300, help="of training (300)")
     add["idea"]("--rows", type=data.number(int, 2), default=320, help="of the memory (320)")
     for name in add:
@@ -307,6 +317,8 @@ def parse_args(argv=None):
     args, args.flags = parser.parse_known_args(argv)
     if args.flags and args.command != "idea":
         parser.error(f"unrecognized arguments: {' '.join(args.flags)}")
+    if args.command == "sheet":
+        evaluation.usable_device(args.device, parser)
     return args
 
 

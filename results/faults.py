@@ -18,8 +18,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))         # the scripts are one folder up
-import test_acbn as tests  # noqa: E402
+from data import number  # noqa: E402
 from eval import load_file  # noqa: E402
+try:
+    import test_acbn as tests  # noqa: E402
+except ImportError as error:
+    sys.exit(f"faults.py needs what the tests need: {error}")
 
 REPORT = Path(__file__).resolve().parent / "reliability.md"
 
@@ -103,7 +107,7 @@ def main(argv=None):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="how often each signal is sent (20)")
+    parser.add_argument("--kills", type=number(int, 1), default=20, help="how often each signal is sent (20)")
     return parser.parse_args(argv)
 
 

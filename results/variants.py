@@ -7,10 +7,11 @@
         deviation also "classes": the batch's, corrected for the few classes that it consists of.
     python results/variants.py fresh --every 1 --bn frozen --memory-ratio 0.1 --out runs/fresh
         the bound: every so many steps the stored images, with the augmentation that they had, are embedded
-        anew by the network as it is. That costs a memory's forward passes a step. Batch norm must be frozen,
-        or the passes would move its statistics.
+        anew by the network as it is. That costs a memory's forward passes a step, and the checkpoint holds
+        the pixels. One process; batch norm must be frozen, or the passes would move its statistics.
 """
 import argparse
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -82,31 +83,29 @@ class Fresh(acbn.CrossBatchLoss):
     """The memory holds what the present network makes of its images: the rows are embedded anew every
     `every` steps, from their pixels in a ring beside the memory.
     """
-    model = None            # set by `fresh`: the network, whose last input stands in model.seen
+    model, side = None, 0       # set by `watched`: the network, whose last input stands in model.seen
 
     def __init__(self, every, *args):
         super().__init__(*args)
-        self.every, self.pixels = every, None
+        shape, self.every = (self.memory.size, 3, self.side, self.side), every
+        self.register_buffer("pixels", torch.zeros(shape, dtype=torch.uint8))       # (M, 3, S, S) saved too
 
     @torch.no_grad()
     def adapt(self, z):
         x, memory = self.model.seen, self.memory                        # (B, 3, S, S)
-        if self.pixels is None:
-            self.pixels = x.new_zeros(memory.size, *x.shape[1:])        # (M, 3, S, S) uint8
-        n = len(memory)
         if (self.step - self.warmup_steps) % self.every == 0:
             with torch.random.fork_rng():
-                for rows in torch.arange(n).split(len(x)):
+                for rows in torch.arange(len(memory)).split(len(x)):
                     memory.all_embeddings[rows] = acbn.normalize(self.model(self.pixels[rows]).float())
-        slots = (memory.written + torch.arange(len(x))) % memory.size   # (B,) of this batch
-        self.pixels[slots] = x
+        new = torch.arange(len(x), device=x.device)
+        self.pixels[(memory.written + new) % memory.size] = x           # where this batch's rows will stand
 
 
 def watched(make_model, args):
     """The model, remembering the images that it was given last."""
     model = make_model(args)
     model.register_forward_pre_hook(lambda module, inputs: setattr(module, "seen", inputs[0]))
-    Fresh.model = model
+    Fresh.model, Fresh.side = model, args.image_size
     return model
 
 
@@ -131,6 +130,8 @@ def parse_args(argv=None):
     given = train.parse_args(args.flags)        # refuses wrong flags
     if args.kind == "fresh" and given.bn != "frozen":
         parser.error("fresh needs --bn frozen: embedding anew would move batch norm's statistics")
+    if args.kind == "fresh" and (given.fill_memory or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        parser.error("fresh keeps the pixels of its own steps alone: one process, and no --fill-memory")
     return args
 
 
