@@ -320,7 +320,7 @@ class CrossBatchLoss(torch.nn.Module):
             K = torch.full_like(K, 1 - self.momentum)                       # App. C
         elif (self.step - self.warmup_steps) % self.gain_interval == 0:
             p, K = kalman_gain(p, self.q, self.r / n.clamp_min(1))          # lines 1-3, r / |B| (Sec. 3.2.1)
-        share = torch.where(self.std > 0, K, 1)                     # (D,) 1: the batch's, as there is none yet
+        share = torch.where(self.std > 0, K, 1)                     # (D,) 1: nothing is known of it yet
         new_mean = self.mean.lerp(mean, share)                      # (D,) line 4: mu^ + K (E[B] - mu^)
         new_std = self.std.lerp(std.where(std > 0, self.std), share)        # (D,) line 5
         target = new_std.where(std > 0, 0)                                  # (D,) 0: only shifted
