@@ -1925,11 +1925,13 @@ WRONG = {       # flags: part of the sentence
     "--measurement-noise nan": "--measurement-noise: must be at least 0",
     "--process-noise 0 --measurement-noise 0": "cannot both be 0",
     "--val-fraction 1": "--val-fraction: must be at least 0 and below 1",
-    "--val-fraction 0.999": "needs 4 classes, the training split has",
+    "--val-fraction 0.999": "--val-fraction 0.999: the train split has one class",
+    "--val-fraction 0.01": "--val-fraction 0.01: the images to search are [34] of 1 classes",
     "--classes 0": "--classes: must be at least 1", "--classes 1": "train split has one class",
     "--max-images 2": "--max-images: must be at least 3",
     "--amp fp16": "--amp fp16 needs a GPU", "--device abacus": "--device abacus cannot be used",
     "--backbone resnet19": "resnet19", "--backbone inception_v3": "not one last linear layer",
+    "--backbone vit_b_32": "Wrong image height",
     "--weights nothing.pt": "nothing.pt: cannot be read", "--weights imagenet": "conv4",
     "--method moco": "invalid choice: 'moco'", "--loss triplet": "invalid choice: 'triplet'",
     "--augment heavy": "invalid choice", "--amp fp8": "invalid choice", "--dataset cub": "invalid choice",
@@ -2317,6 +2319,19 @@ def test_filling_the_memory_leaves_the_network_alone(tmp_path, monkeypatch):
     tiny(tmp_path, "--fill-memory")
     ((n, size, labels),) = filled
     assert n == size // 16 * 16 and len(labels.unique()) > 10
+
+
+def test_filling_the_memory_gives_every_process_the_same_rows():
+    args, split, filled = train.parse_args(TINY), data.synthetic(image_size=16).train, []
+    model = evaluation.Encoder("conv4", 16)
+    model.head = nn.Sequential(nn.Dropout(), model.head)
+    for rank in (0, 1):
+        torch.manual_seed(rank)                             # as each process has its own dropout
+        before, criterion = torch.get_rng_state(), CrossBatchLoss(16, 40)
+        train.fill_memory(model, criterion, split, args)
+        filled.append(criterion.memory.embeddings)
+        assert torch.equal(before, torch.get_rng_state())
+    assert len(filled[0]) == 32 and torch.equal(*filled)
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_b0"])

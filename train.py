@@ -4,8 +4,8 @@
     python train.py                             synthetic products, about 2 minutes on two CPU cores
     python train.py --dataset sop --root DIR    the paper's setting; DIR holds Stanford_Online_Products/
 
-Every epoch writes <out>/log.jsonl (one JSON line an epoch), <out>/checkpoint.pt and, when it is the best so
-far, <out>/best.pt. The same command continues where it stopped.
+Every epoch adds a line to <out>/log.jsonl and rewrites <out>/checkpoint.pt, and <out>/best.pt where it is the
+best so far. The same command continues where it stopped.
 """
 import argparse
 import json
@@ -69,7 +69,7 @@ def parse_args(argv=None):
     g("--image-size", type=number(int, 1), help="pixels a side (preset)")
     g("--augment", choices=("paper", "light", "none"), help="training transform (preset)")
     g("--workers", type=number(int, 0),
-      help="processes that read images, results do not depend on it (GPU: one a core, CPU: 0)")
+      help="processes that read images; results do not depend on it (GPU: one a core, at most 16; CPU: 0)")
     g = p.add_argument_group("method").add_argument
     g("--method", choices=acbn.METHODS, default="axbn", help="xbm+batch is the paper's XBM* (axbn)")
     g("--loss", choices=LOSSES, default="ms", help="supcon with pair margins is the paper's (ms)")
@@ -77,7 +77,8 @@ def parse_args(argv=None):
       help="memory rows as a share of the training images (preset)")
     g("--warmup-steps", type=number(int, 0),
       help="steps with the plain loss before the memory is used (preset)")
-    g("--fill-memory", action="store_true", help="then fill it at once with random training images")
+    g("--fill-memory", action="store_true",
+      help="after the warm-up, fill the memory at once with random training images")
     g("--process-noise", type=number(float, 0), default=1.0, help="q of the Kalman filter (1)")
     g("--measurement-noise", type=number(float, 0), default=0.01, help="r, divided by the batch size (0.01)")
     g("--gain-interval", type=number(int, 1), help="the gain is renewed every so many steps (preset)")
@@ -92,8 +93,8 @@ def parse_args(argv=None):
     g = p.add_argument_group("training").add_argument
     g("--batch-size", type=number(int, 1), help="images a step, over all processes (preset)")
     g("--images-per-class", type=number(int, 1), default=4, help="images of each class in a batch (4)")
-    g("--epochs", type=number(int, 0), help="of len(training images) // batch-size steps (preset)")
-    g("--head-epochs", type=number(int, 0), help="before that, epochs of the last layer alone (preset)")
+    g("--epochs", type=number(int, 0), help="each of len(training images) // batch-size steps (preset)")
+    g("--head-epochs", type=number(int, 0), help="first, epochs of the last layer alone (preset)")
     g("--lr", type=number(float, 0, above=True), help="of AdamW (preset)")
     g("--lr-drops", type=number(int, 0), nargs="*",
       help="epochs after which the rate is multiplied by --lr-decay (preset)")
@@ -101,8 +102,8 @@ def parse_args(argv=None):
     g("--weight-decay", type=number(float, 0), help="of AdamW (preset)")
     g("--amp", choices=("off", "bf16", "fp16"), help="mixed precision (bf16 on a GPU, else off)")
     g("--sync-bn", action="store_true", help="several processes: batch norm over the whole batch, by torch")
-    g("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    g("--seed", type=number(int, 0, below=2 ** 32), default=0)
+    g("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(a GPU where there is one)")
+    g("--seed", type=number(int, 0, below=2 ** 32), default=0, help="of everything random (0)")
     g("--deterministic", action="store_true", help="the same bits on a GPU too, run after run, but slower")
     add("--out", help="default runs/<dataset>-<method>-<loss>-b<batch>-s<seed>")
     args = p.parse_args(argv)
@@ -110,9 +111,12 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     on_gpu = args.device.startswith("cuda")
+    if on_gpu and "LOCAL_RANK" in os.environ:       # torchrun's processes have one GPU each
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     args.amp = args.amp or ("bf16" if on_gpu else "off")
     if args.workers is None:            # on a CPU the network's own threads use every core already
-        args.workers = min(os.cpu_count(), 16) if on_gpu else 0
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = min(cores, 16) if on_gpu else 0
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.loss}-b{args.batch_size}-s{args.seed}"
     if args.batch_size % args.images_per_class:
         p.error(f"--batch-size {args.batch_size} is not a multiple of "
@@ -128,12 +132,11 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------- many processes, as torchrun starts them
 
 def join(args):
-    """Join torchrun's other processes, if there are any. From here on args.device is this process's own."""
+    """Take this process's GPU, and join torchrun's other processes, if there are any."""
+    on_gpu = args.device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(torch.device(args.device).index or 0)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        on_gpu = args.device.startswith("cuda")
-        if on_gpu:
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
         # The others wait while rank 0 searches; when a process dies torchrun ends them all.
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=4))
 
@@ -180,20 +183,21 @@ def without_trace(model, state):
     """Inside: no gradients, and the random numbers that follow `state`. Afterwards buffers (batch norm's
     statistics) and random numbers are as before.
     """
-    saved = [b.clone() for b in model.buffers()]
-    with torch.no_grad(), torch.random.fork_rng():
-        set_random_state(state)
-        try:
+    saved, before = [b.clone() for b in model.buffers()], random_state()
+    set_random_state(state)
+    try:
+        with torch.no_grad():
             yield
-        finally:
-            for buffer, value in zip(model.buffers(), saved):
-                buffer.copy_(value)
+    finally:
+        set_random_state(before)
+        for buffer, value in zip(model.buffers(), saved):
+            buffer.copy_(value)
 
 
 # ---------------------------------------------------------------- what is measured; training does not need it
 
 class Probe:
-    """Looks at every `every`-th step of an epoch, without a trace in the training. It measures the pairs
+    """Looks at every `every`-th step of an epoch, without affecting the training. It measures the pairs
     mined, the drift of the batch (Eq. 5, dk = 1), its spread, and how stale an earlier batch's rows in the
     memory have become. Two embeddings are compared for the same pixels, the same mode of the network and
     the same random numbers (dropout), so that they differ by the weights alone.
@@ -201,23 +205,24 @@ class Probe:
 
     def __init__(self, every, mine, embed):
         self.every, self.mine, self.embed = every, mine, embed
-        self.rows, self.sums = None, {}
+        self.rows, self.seen, self.stale = None, {}, []
 
     def add(self, **values):
         for name, value in values.items():
-            self.sums.setdefault(name, []).append(value)
+            self.seen.setdefault(name, []).append(value)
 
     def look(self, step, model, criterion, x, y, z, state):
         """After step `step` on this process's images x (b, ...), whose embeddings were z (b, D) before the
         weights moved; y (b,) their labels; state: the random numbers that the network then used.
         """
-        p, n = self.mine(*pairs(criterion, gather(z), gather(y)))           # (B, N), (B, N)
+        whole = gather(z)                                                   # (B, D)
+        p, n = self.mine(*pairs(criterion, whole, gather(y)))               # (B, N), (B, N)
         self.add(positives_mined=p.sum().item(), negatives_mined=n.sum().item())
         with without_trace(model, state):
             drift = (self.embed(x) - z).norm(dim=1)                         # (b,) Eq. 5
         self.add(drift_mean=drift.mean().item(), drift_max=drift.max().item(),
-                 spread=z.std(0, correction=0).norm().item())       # 0: collapsed, 1: about the origin
-        if criterion.method == "none" or criterion.step <= criterion.warmup_steps:
+                 spread=whole.std(0, correction=0).norm().item())   # 0: collapsed, 1: about the origin
+        if not used_memory(criterion):
             return
         (rank, world), b, memory = ranks(), len(z), criterion.memory
         if self.rows:
@@ -226,7 +231,7 @@ class Probe:
                 fresh = self.embed(old_x)                                   # (b, D)
             adapted = acbn.normalize(memory.all_embeddings[slots])          # (b, D)
             as_stored, as_adapted = ((fresh - old).norm(dim=1).mean().item() for old in (stored, adapted))
-            self.add(staleness=[step - then, as_stored, as_adapted])
+            self.stale.append([step - then, as_stored, as_adapted])
         stay = memory.size // (b * world)               # after so many steps the queue has overwritten a row
         if not self.rows or step + self.every - self.rows[0] >= stay:
             slots = own_slots(memory, b * world)[rank * b:][:b]             # (b,)
@@ -234,12 +239,16 @@ class Probe:
 
     def take(self):
         """The epoch's means; staleness also by age, as a list of [age, as stored, as adapted]."""
-        sums, self.sums, self.rows = self.sums, {}, None
-        by_age = sums.pop("staleness", [])
-        record = {name: fmean(values) for name, values in sums.items()}
-        for name, values in zip(("age", "stored", "adapted"), zip(*by_age) if by_age else [[]] * 3):
-            record[f"staleness_{name}"] = fmean(values) if by_age else None
+        record, by_age = {name: fmean(values) for name, values in self.seen.items()}, self.stale
+        for k, name in enumerate(("age", "stored", "adapted")):
+            record[f"staleness_{name}"] = fmean(row[k] for row in by_age) if by_age else None
+        self.rows, self.seen, self.stale = None, {}, []
         return {**record, "staleness": by_age}
+
+
+def used_memory(criterion):
+    """Whether the step that was just made compared the batch with the memory."""
+    return criterion.method != "none" and criterion.step > criterion.warmup_steps
 
 
 def own_slots(memory, n):
@@ -248,9 +257,11 @@ def own_slots(memory, n):
 
 
 def pairs(criterion, z, y):
-    """sim, positive, negative (B, N) of the step that was just made on z (B, D), y (B,)."""
+    """sim, positive, negative (B, N) of the step that was just made on z (B, D), y (B,): against the memory
+    where it was used, else within the batch.
+    """
     memory = criterion.memory
-    if criterion.method == "none" or criterion.step <= criterion.warmup_steps:
+    if not used_memory(criterion):
         return z @ z.T, *acbn.pair_masks(y, y, torch.arange(len(z), device=z.device))
     masks = acbn.pair_masks(y, memory.all_labels, own_slots(memory, len(z)), memory.filled())
     return z @ acbn.normalize(memory.all_embeddings).T, *masks
@@ -273,6 +284,7 @@ def load_data(args):
     splits = everything
     if args.val_fraction:
         splits, val = data.hold_out(everything, args.val_fraction)
+        data.refuse_hopeless(data.Splits(splits.train, val), f"--val-fraction {args.val_fraction:g}")
     n = len(splits.train.labels)
     sampler = data.ClassBalancedSampler(splits.train.labels, args.batch_size, args.images_per_class,
                                         args.seed, *ranks())
@@ -319,26 +331,27 @@ def train_head(model, batches, sampler, args):
 
 
 def fill_memory(model, criterion, split, args):
-    """Random training images, embedded by the network as it is now, until the memory is full (XBM)."""
+    """Random training images, in whole batches, embedded by the network as it is now (XBM)."""
     g = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(split.labels), generator=g)[:criterion.memory.size].tolist()
     images = data.Images(split, args.image_size, args.augment, training=True)
     batches = data.loader(images, args.workers, batch_size=args.batch_size, drop_last=True,
                           sampler=[(i, k) for k, i in enumerate(order)])
     with without_trace(model, random_state()), autocast(args.device, args.amp):
+        torch.manual_seed(args.seed)            # the same dropout, and so the same rows, in every process
         for x, y, _ in batches:
             criterion.memory.enqueue(acbn.normalize(model(x.to(args.device))), y.to(args.device))
 
 
 def summary(seen, step, epoch, rate, amp):
     """The log's part of an epoch up to a step, from the losses and gradient norms seen (2, steps). Ends the
-    run where one is not finite. fp16 skips a step for its gradient, but not every step of an epoch.
+    run where one is not finite; fp16 may skip steps with such a gradient, but not all of an epoch.
     """
     losses, norms = seen[:, :step].tolist()
     taken = [norm for norm in norms if math.isfinite(norm)]
     may_skip = amp == "fp16" and (taken or step < seen.shape[1])
     for k, (loss, norm) in enumerate(zip(losses, norms), 1):
-        if not math.isfinite(loss) or not math.isfinite(norm) and not may_skip:
+        if not (math.isfinite(loss) and (math.isfinite(norm) or may_skip)):
             what = "gradient" if math.isfinite(loss) else "loss"
             raise data.UserError(
                 f"epoch {epoch}, step {k}: the {what} is not finite at a learning rate of {rate:g}; try a "
@@ -370,11 +383,14 @@ def write(path, content):
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
-            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:        # a full disk is the one or the other to torch.save
+    except (OSError, RuntimeError) as error:        # torch.save reports a full disk as either
         raise data.UserError(f"{part}: cannot be written ({str(error).splitlines()[0]}); "
                              f"{path.name} is as it was") from None
 
@@ -446,7 +462,7 @@ def train(args):
     try:
         everything, splits, val, sampler = load_data(args)
         model = make_model(args)
-    except (data.UserError, ValueError, RuntimeError) as error:     # flags that do not fit data or model
+    except (data.UserError, ValueError, RuntimeError, AssertionError) as error:     # flags that do not fit
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     torch.manual_seed(args.seed + rank)             # the same weights everywhere, but each its own dropout
@@ -454,11 +470,11 @@ def train(args):
     images = data.Images(splits.train, args.image_size, args.augment, training=True)
     batches = data.loader(images, args.workers, pin_memory=args.device.startswith("cuda"),
                           batch_sampler=data.Seeded(sampler))
-    loss, mine = LOSSES[args.loss]
-    rows = int(args.memory_ratio * len(images)) if args.method != "none" else 1
-    criterion = acbn.CrossBatchLoss(args.dim, rows, args.method, loss, args.process_noise,
-                                    args.measurement_noise, args.gain_interval, args.momentum,
-                                    args.warmup_steps).to(args.device)
+    loss_function, mine = LOSSES[args.loss]
+    size = int(args.memory_ratio * len(images))
+    criterion = acbn.CrossBatchLoss(args.dim, 1 if args.method == "none" else size, args.method,
+                                    loss_function, args.process_noise, args.measurement_noise,
+                                    args.gain_interval, args.momentum, args.warmup_steps).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "criterion": criterion}
@@ -468,8 +484,9 @@ def train(args):
     def embed(x):
         with autocast(args.device, args.amp):
             return acbn.normalize(model(x))
-    stay = int(args.memory_ratio * len(images)) // args.batch_size  # so many steps a row stays in the memory
-    probe = Probe(max(1, min(50, steps // 6, max(10, stay - 1))), mine, embed)
+    stay = size // args.batch_size                              # so many steps a row stays in the memory
+    every = max(1, min(50, steps // 6, max(10, stay - 1)))      # six looks an epoch, before the rows go
+    probe = Probe(every, mine, embed)
 
     # Start, or continue where a run in the same folder stopped.
     say(*data.describe(splits), json.dumps(vars(args)))
@@ -488,7 +505,7 @@ def train(args):
     if resumed:
         say(f"continuing {out} after epoch {records[-1]['epoch']}")
         if rank == 0:
-            write_log(out, records)         # it lacks a line where the run was killed after its checkpoint
+            write_log(out, records)         # it lacks a line if the run was killed right after its checkpoint
 
     for epoch in range(len(records), args.epochs + 1):
         if epoch == 0:
@@ -523,10 +540,10 @@ def train(args):
                 if now - shown > 5 or step == steps:        # seldom: the host waits for the device here
                     shown, speed = now, step / (now - start)
                     so_far = summary(seen, step, epoch, rate, args.amp)
-                    left = ((args.epochs - epoch) * steps + steps - step) / speed
+                    left = round(((args.epochs - epoch) * steps + steps - step) / speed)
                     say(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  loss {loss.item():.4f}  "
-                        f"{speed * args.batch_size:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")
-            started = args.method in ("xbn", "ema", "axbn") and criterion.step > args.warmup_steps
+                        f"{speed * args.batch_size:.0f} images/s  {left // 60}:{left % 60:02} left")
+            started = args.method in ("xbn", "ema", "axbn") and used_memory(criterion)
             record = {"epoch": epoch, "lr": rate, **so_far,
                       "gain": criterion.K.item() if started else None, "memory": len(criterion.memory),
                       "images_per_second": round(speed * args.batch_size, 1), **probe.take()}
@@ -538,7 +555,7 @@ def train(args):
         record.update(evaluate(model, splits, ks, *options))
         if val:
             held_out = evaluate(model, data.Splits(None, val), [1], *options)
-            record.update({f"val_{name}": value for name, value in held_out.items() if name == "recall@1"})
+            record.update({f"val_{name}": value for name, value in held_out.items()})
         records.append({**record, "eval_seconds": round(time.perf_counter() - start, 1)})
         say(f"epoch {epoch}/{args.epochs}  "
             + "  ".join(f"{k} {100 * v:.2f}" for k, v in record.items() if "recall" in k or "map" in k))
@@ -561,5 +578,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends it at once, as SIGTERM does: no file minds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends it at once, like SIGTERM: files stay whole
     main()
+    if dist.is_initialized():
+        dist.destroy_process_group()
