@@ -6,7 +6,8 @@
     python data.py --dataset sop --download             fetches it (3.1 GB) and unpacks it into data/
 
 A data set is one function that returns splits and one row in DATASETS. Images are files, or rows of a uint8
-array; labels are int64. Everything random takes a seed.
+array; labels are int64. What is random takes a seed; an image of `Images` that gets none is drawn from
+torch's global random numbers.
 """
 import argparse
 import hashlib
@@ -16,6 +17,7 @@ import os
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Callable, NamedTuple
 from urllib.error import URLError
@@ -38,13 +40,13 @@ class UserError(Exception):
 class Split(NamedTuple):
     images: list            # paths, or a uint8 array (N, H, W, 3)
     labels: torch.Tensor    # (N,) int64
-    boxes: torch.Tensor = None      # (N, 4) ground-truth x0, y0, x1, y1 that stand for the images
+    boxes: torch.Tensor = None      # (N, 4) x0, y0, x1, y1 of the item, to which an image is cut
 
 
 class Splits(NamedTuple):
     train: Split
     query: Split
-    gallery: Split = None   # None: the queries are searched among themselves, each excluded for itself
+    gallery: Split = None   # None: each query is searched for among the other queries
 
 
 # ---------------------------------------------------------------- synthetic: drawn products
@@ -97,7 +99,7 @@ def draw(shape, wobble, frequency, phase, palette, size, g):
 
 
 def synthetic(root=None, classes=1000, max_images=8, image_size=32, seed=0):
-    """`classes` drawn products to train on and as many others to test on, of each 3 to max_images images."""
+    """`classes` drawn products to train on and as many others to test on, 3 to max_images images of each."""
     g = torch.Generator().manual_seed(seed)
     C = 2 * classes
     bound = torch.tensor([0.22, 0.2, 0.16, 0.13, 0.1])
@@ -112,12 +114,14 @@ def synthetic(root=None, classes=1000, max_images=8, image_size=32, seed=0):
 
 # ---------------------------------------------------------------- data sets on disk
 
-def split(images, labels, boxes=None):
+def make_split(images, labels, boxes=None):
     return Split(images, torch.tensor(labels, dtype=torch.int64), boxes)
 
 
 def table(path, header=None, skip=0):
-    """(line number, words) of a list file's rows: as many as in the header, line skip + 1, or two."""
+    """Yields (line number, words) of a list file's rows. With a header, found on line skip + 1, rows have as
+    many words as it; without one, two.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -143,23 +147,23 @@ def whole(word, path, line):
 
 def sop(root):
     """Stanford Online Products: `image_id class_id super_class_id path` a line; queries are the gallery."""
-    base, splits = find(root, "sop", "Stanford_Online_Products/Ebay_train.txt", "Ebay_train.txt").parent, []
-    for path in (find(base, "sop", name) for name in ("Ebay_train.txt", "Ebay_test.txt")):
+    splits = []
+    for name in ("Ebay_train.txt", "Ebay_test.txt"):
+        path = find(root, "sop", f"Stanford_Online_Products/{name}", name)
         rows = list(table(path, "image_id class_id super_class_id path"))
-        splits.append(split([str(base / words[3]) for _, words in rows],
-                            [whole(words[1], path, line) for line, words in rows]))
+        splits.append(make_split([str(path.parent / words[3]) for _, words in rows],
+                                 [whole(words[1], path, line) for line, words in rows]))
     return Splits(*splits)
 
 
 def vehicleid(root, test_list="small"):
     """PKU VehicleID: `<image> <vehicle>` a line; the small, medium or large test list is its own gallery."""
-    base, splits = find(root, "vehicleid", *("VehicleID_V1.0/" * deep + "train_test_split/train_list.txt"
-                                             for deep in (1, 0))).parent, []
-    size = {"small": 800, "medium": 1600, "large": 2400}[test_list]
-    for path in (find(base, "vehicleid", name) for name in ("train_list.txt", f"test_list_{size}.txt")):
-        rows = list(table(path))
-        splits.append(split([str(base.parent / "image" / f"{words[0]}.jpg") for _, words in rows],
-                            [whole(words[1], path, line) for line, words in rows]))
+    splits, size = [], {"small": 800, "medium": 1600, "large": 2400}[test_list]
+    for name in ("train_list.txt", f"test_list_{size}.txt"):
+        path = find(root, "vehicleid", f"VehicleID_V1.0/train_test_split/{name}", f"train_test_split/{name}")
+        rows, images = list(table(path)), path.parent.parent / "image"
+        splits.append(make_split([str(images / f"{words[0]}.jpg") for _, words in rows],
+                                 [whole(words[1], path, line) for line, words in rows]))
     return Splits(*splits)
 
 
@@ -184,7 +188,7 @@ def inshop(root):
     found = sum(len(labels) for _, labels in rows.values())
     if said != found:
         raise UserError(f"{path}, line 1: says {said} images, {found} rows follow")
-    return Splits(*(split(*rows[name]) for name in ("train", "query", "gallery")))
+    return Splits(*(make_split(*rows[name]) for name in ("train", "query", "gallery")))
 
 
 def df2(root, df2_labels="paper"):
@@ -198,7 +202,7 @@ def df2(root, df2_labels="paper"):
         annos = find(root, "df2", *(deep + nest + "/annos" for deep in ("", "deepfashion2/")
                                     for nest in (part, f"{part}/{part}")))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = pool.map(df2_items, sorted(annos.glob("*.json")))
+            found = pool.map(df2_items, sorted(annos.glob("[!.]*.json")))
             items[part] = [item for several in found for item in several]
     chosen = [[i for i in items["train"] if i[2][2] > 0],
               [i for i in items["validation"] if i[1] == "user" and i[2][2] > 0],
@@ -207,8 +211,8 @@ def df2(root, df2_labels="paper"):
     for part, rows in zip(("train", "validation", "validation"), chosen):
         keys = [(part, pair, style) if df2_labels == "official" else (part, pair, style, category)
                 for _, _, (pair, category, style), _ in rows]
-        splits.append(split([row[0] for row in rows], [ids.setdefault(key, len(ids)) for key in keys],
-                            torch.tensor([row[3] for row in rows]).reshape(-1, 4)))
+        splits.append(make_split([row[0] for row in rows], [ids.setdefault(key, len(ids)) for key in keys],
+                                 torch.tensor([row[3] for row in rows]).reshape(-1, 4)))
     return Splits(*splits)
 
 
@@ -253,12 +257,12 @@ def folder(root):
     def read(path):
         try:
             samples = CleanFolder(path).samples
-        except FileNotFoundError as error:      # no root, no class folder, or one without an image
+        except (FileNotFoundError, ValueError) as error:        # no root, no class folder, or an empty one
             raise missing("folder", path, str(error)) from None
         others = sum(len(files) for _, _, files in os.walk(path, followlinks=True)) - len(samples)
         if others:
             print(f"note: {others} files in {path} left out: no images by their names", file=sys.stderr)
-        return split([path for path, _ in samples], [label for _, label in samples])
+        return make_split([path for path, _ in samples], [label for _, label in samples])
 
     root = Path(root)
     test = [root / name for name in ("test", "val", "valid", "validation") if (root / name).is_dir()]
@@ -278,11 +282,11 @@ def find(root, name, *candidates):
 
 
 def missing(name, root, what):
-    """The error that shows what is expected under a root, and where it is to be had."""
+    """The error that shows what is expected under a root, and where to get it."""
     row = DATASETS[name]
     get = f"python data.py --dataset {name} --download --root {root}" if row.archive else row.page
-    return UserError(f"nothing of '{name}' in {root} ({what}); expected under --root:\n{row.tree}"
-                     + f"\nto be had by: {get}" * bool(get))
+    text = f"'{name}' is not in {root}, or not all of it ({what}); expected under --root:\n{row.tree}"
+    return UserError(f"{text}\nget it {'with' if row.archive else 'from'}: {get}" if get else text)
 
 
 # ---------------------------------------------------------------- the table of data sets
@@ -290,9 +294,9 @@ def missing(name, root, what):
 class Row(NamedTuple):
     load: Callable          # (root, **options) -> Splits
     ks: tuple               # the K of Recall@K
-    counts: dict            # official (images, classes) of each split, None: unknown; {}: any number goes
+    counts: dict            # official (images, classes) of each split, None: unknown; {}: not checked
     options: tuple = ()     # flags that its function takes
-    sure: bool = True       # False: the numbers of classes have one source that could not be checked
+    sure: bool = True       # False: numbers of classes from one unverified source only warn
     tree: str = "    (nothing: drawn from a seed)"      # what lies under --root
     page: str = ""          # where people get it
     archive: tuple = ()     # where a program gets it: address, MD5, size
@@ -342,7 +346,8 @@ def load(name, root="data", allow_partial=False, **options):
         expected = row.counts.get(part, (None, None))
         text = (f"{name} in {root}: the {part} split has {images} images of {classes} classes, expected "
                 f"{expected[0] or 'any number'} of {expected[1] or 'any number'}")
-        other_images, other_classes = expected[0] not in (None, images), expected[1] not in (None, classes)
+        other_images, other_classes = (want not in (None, have)
+                                       for want, have in zip(expected, (images, classes)))
         if (other_images or other_classes and row.sure) and not allow_partial:
             raise UserError(text + "; --allow-partial uses it all the same")
         if other_images or other_classes:
@@ -410,7 +415,7 @@ def load_for(settings, allow_partial):
 
 
 def describe(splits):
-    """A line a split, and what is peculiar about the search."""
+    """A line a split, and what is searched."""
     for name, part in zip(splits._fields, splits):
         if part is not None:
             counts = part.labels.unique(return_counts=True)[1]
@@ -455,24 +460,23 @@ def sentence(error):
 def open_image(item, size=None, cut=None, box=None):
     """A path or a uint8 array (H, W, 3) -> PIL image in RGB, whatever the file's extension says it is.
 
-    size: resize to size x size what `cut` takes of it, (width, height) -> (left, top, right, bottom). box
-    (4,): the ground-truth box that stands for the image, clamped to it; without an area, the whole image.
+    size: the region (left, top, right, bottom) that `cut` returns for (width, height) is resized to size x
+    size. box (4,): the image is first cut to it, as far as they overlap; without an area, not at all.
     JPEGs are decoded at 1/2, 1/4 or 1/8 of their scale where as many pixels as wanted remain.
     """
     try:
         with Image.fromarray(item) if isinstance(item, np.ndarray) else Image.open(item) as image:
             image = turned(image)
-            if size is not None:
-                width, height = image.size
-                x0, y0, x1, y1 = clamp(box, width, height)
-                left, top, right, bottom = cut(x1 - x0, y1 - y0)
-                part = (x0 + left, y0 + top, x0 + right, y0 + bottom)       # in the file's pixels
-                least = size / min(right - left, bottom - top)              # of the file's resolution
-                drafted = image.draft(None, (math.ceil(width * least), math.ceil(height * least)))
-                sx, sy = (drafted[1][2] / width, drafted[1][3] / height) if drafted else (1, 1)
-            image = in_colour(image)
             if size is None:
-                return image
+                return in_colour(image)
+            width, height = image.size
+            x0, y0, x1, y1 = clamp(box, width, height)
+            left, top, right, bottom = cut(x1 - x0, y1 - y0)
+            part = (x0 + left, y0 + top, x0 + right, y0 + bottom)           # in the file's pixels
+            least = size / min(right - left, bottom - top)                  # of the file's resolution
+            drafted = image.draft(None, (math.ceil(width * least), math.ceil(height * least)))
+            sx, sy = (drafted[1][2] / width, drafted[1][3] / height) if drafted else (1, 1)
+            image = in_colour(image)
             right, bottom = min(part[2] * sx, image.width), min(part[3] * sy, image.height)
             part = (part[0] * sx, part[1] * sy, right, bottom)              # in the decoded pixels
             return image.resize((size, size), Image.Resampling.BILINEAR, box=part)
@@ -489,6 +493,8 @@ TURNS = dict(zip(range(2, 9), (
 
 def turned(image):
     """The image as its EXIF data say it is held, where they can be read."""
+    if image.format == "TIFF":
+        image.load()                            # PIL turns these itself, and forgets how they were held
     try:
         turn = TURNS.get(image.getexif().get(0x0112))
     except Exception:                           # broken EXIF data are no reason to refuse the picture
@@ -514,7 +520,7 @@ def clamp(box, width, height):
     return 0, 0, width, height
 
 
-def everything(width, height):
+def whole_image(width, height):
     return 0, 0, width, height
 
 
@@ -539,7 +545,7 @@ def augmentation(recipe):
     "light" suits small drawn images and follows a batch at a time, see `light`; "none" only resizes.
     """
     if recipe in ("light", "none"):
-        return everything, pil_to_tensor
+        return whole_image, pil_to_tensor
     operation = v2.RandomApply([v2.RandAugment(num_ops=1, magnitude=27)], p=0.5)
     return random_part, v2.Compose([v2.RandomHorizontalFlip(), operation, operation, v2.PILToTensor(),
                                     v2.RandomErasing(p=0.2, value=(124, 116, 104))])
@@ -611,7 +617,7 @@ class ClassBalancedSampler(torch.utils.data.Sampler):
     """Batches of batch_size / m distinct classes, m images each, N // batch_size batches an epoch.
 
     Classes come from a shuffled deck that is dealt out before it is shuffled again. Of a class with n >= m
-    images m different ones are drawn; of a smaller one all n, then m - n of them again. Over `world`
+    images m different ones are drawn; a smaller one gives all n, then m - n of them once more. Over `world`
     processes each rank gets its consecutive share of every batch. Same seed and epoch, same batches; call
     set_epoch before each epoch.
     """
@@ -667,7 +673,8 @@ class Seeded(torch.utils.data.Sampler):
     def __iter__(self):
         s = self.sampler
         for step, batch in enumerate(s):
-            first = (s.epoch * len(s) + step) * s.batch_size + s.share.start + s.seed * 0x9E3779B1
+            first = (s.epoch * len(s) + step) * s.batch_size + s.share.start
+            first += s.seed * 0x9E3779B1                    # odd: sets the runs far apart
             yield [(i, (first + k) % 2 ** 32) for k, i in enumerate(batch)]
 
 
@@ -675,7 +682,8 @@ def loader(dataset, workers=0, pin_memory=False, **options):
     """A DataLoader whose workers stay alive from epoch to epoch.
 
     It has a generator of its own: from the global one it would draw once an epoch without workers and once a
-    run with them, and what a network's dropout draws would depend on that.
+    run with them, and what a network's dropout draws would depend on that. A shuffle
+    by it is always the same.
     """
     return torch.utils.data.DataLoader(
         dataset, num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0,
@@ -701,7 +709,8 @@ def number(kind, low, above=False, below=math.inf):
     def number(text):                       # argparse puts this name into "invalid number value: 'two'"
         value = kind(text)
         if not (low < value if above else low <= value) or not value < below:
-            limits = f"{'above' if above else 'at least'} {low}" + f" and below {below}" * (below < math.inf)
+            limits = f"{'above' if above else 'at least'} {low}"
+            limits += f" and below {below}" if below < math.inf else ""
             raise argparse.ArgumentTypeError(f"must be {limits} and finite, got {text}")
         return value
     return number
@@ -723,15 +732,17 @@ def add_flags(add, default=None):
 
 
 def download(name, root):
-    """Fetches a data set's archive, checks it and unpacks it below root; nothing where that is done."""
+    """Fetches a data set's archive, checks it and unpacks it below root, unless its lists are there."""
     row = DATASETS[name]
     if not row.archive:
         raise UserError(f"--download: '{name}' cannot be fetched by a program; "
                         f"see {row.page or row.tree.strip()}")
     address, md5, size = row.archive
     archive = Path(root) / address.rpartition("/")[2]
-    if (Path(root) / row.tree.split()[0]).exists() and not archive.exists():
-        return print(f"{name} is in {root} already")
+    with suppress(UserError):
+        row.load(root)
+        if not archive.exists():                    # it would, had unpacking it been cut short
+            return print(f"{name} is in {root} already")
     print(f"fetching {size} from {address} to {archive}, to be unpacked there", flush=True)
     try:
         Path(root).mkdir(parents=True, exist_ok=True)

@@ -75,9 +75,10 @@ def average_precision(positives, negatives):
 def scores(query, gallery=(None, None), ks=(1, 10, 100, 1000), map_r=True):
     """{"recall@K": ..., "map@r": ...}, shares in 0..1, of queries and gallery as (embeddings, labels)."""
     ranks, precision = [], []
-    for positives, negatives in search(*query, *gallery):
-        ranks += first_rank(positives, negatives).tolist()
-        precision += average_precision(positives, negatives).tolist() if map_r else []
+    with torch.autocast(query[0].device.type, enabled=False):       # 16-bit similarities change the ranks
+        for positives, negatives in search(*query, *gallery):
+            ranks += first_rank(positives, negatives).tolist()
+            precision += average_precision(positives, negatives).tolist() if map_r else []
     result = {f"recall@{k}": sum(rank <= k for rank in ranks) / len(ranks) for k in ks}
     return {**result, "map@r": sum(precision) / len(precision)} if map_r else result
 
@@ -109,8 +110,9 @@ def conv4(batch_norm=True, widths=(48, 96, 192, 256)):
 class Encoder(nn.Module):
     """Images (B, 3, S, S) uint8 -> embeddings (B, D), not normalised: backbone, then one linear `head`.
 
-    The head takes the place of the classifier's last layer, and of the dropout before it: the backbones of
-    the field have none between features and embedding. frozen_bn: batch norm keeps its stored statistics.
+    The head takes the place of the classifier's last layer; the dropout beside that is left out: the
+    backbones of the field have none between features and embedding. frozen_bn: batch norm keeps its stored
+    statistics.
     """
 
     def __init__(self, backbone, dim, frozen_bn=False):
@@ -156,22 +158,25 @@ def load_weights(encoder, backbone, weights):
         return
     if weights == "imagenet":
         try:
-            state = torchvision.models.get_model_weights(backbone).DEFAULT.get_state_dict(progress=False)
-        except (URLError, OSError, ValueError) as error:
-            raise data.UserError(f"ImageNet weights of {backbone} cannot be had ({error}); use "
+            state = torchvision.models.get_model(backbone, weights="DEFAULT", progress=False).state_dict()
+        except (URLError, OSError, ValueError, RuntimeError) as error:
+            raise data.UserError(f"ImageNet weights of {backbone} cannot be downloaded ({error}); use "
                                  "--weights FILE, a state_dict saved elsewhere, or --weights none") from None
     else:
         state = load_file(weights)
+        for name in ("state_dict", "model"):
+            state = state[name] if isinstance(state, dict) and name in state else state
         if not isinstance(state, dict):
             raise data.UserError(f"{weights}: not a state_dict of {backbone} but a {type(state).__name__}")
-        state = state.get("state_dict", state.get("model", state))
-        state = {re.sub(r"^((module|backbone)\.)+", "", name): value for name, value in state.items()}
-    own = encoder.backbone.state_dict()
+        state = {re.sub(r"^((module|backbone)\.)+", "", str(name)): value for name, value in state.items()}
+    # Files from before torch 0.4.1 do not count batch norm's batches; nothing depends on these counts.
+    own = {name: value for name, value in encoder.backbone.state_dict().items()
+           if not name.endswith("num_batches_tracked")}
     missing = [name for name in own if getattr(state.get(name), "shape", None) != own[name].shape]
     if missing:
         raise data.UserError(f"{weights}: not a state_dict of {backbone}: "
                              f"{missing[0]} is missing or has another shape")
-    encoder.backbone.load_state_dict({name: state[name] for name in own})
+    encoder.backbone.load_state_dict({name: state[name] for name in own}, strict=False)
 
 
 def load_file(path):
@@ -198,7 +203,8 @@ def rebuild(path):
         settings = state["settings"]
         model = Encoder(settings["backbone"], settings["dim"], settings["bn"] == "frozen")
         model.load_state_dict(state["model"])
-        state["epoch"], state["data"]
+        if not {"epoch", "data"} <= state.keys():
+            raise KeyError("epoch or data")
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise data.UserError(f"{path}: not a checkpoint of this version of train.py ({reason})") from None
@@ -207,7 +213,7 @@ def rebuild(path):
 
 # ---------------------------------------------------------------- embeddings
 
-def ranks():
+def rank_and_world():
     """(this process's rank, how many there are)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -224,7 +230,7 @@ def embed(model, split, settings, device="cpu", workers=0):
 
     Several processes share the batches; each of them gets the embeddings of all.
     """
-    was_training, (rank, world) = model.training, ranks()
+    was_training, (rank, world) = model.training, rank_and_world()
     model.eval()
     images = data.Images(split, settings["image_size"], settings["augment"])
     batches = torch.arange(len(images)).split(256)
@@ -254,11 +260,11 @@ def embed_test(model, splits, settings, device="cpu", workers=0):
 def evaluate(model, splits, ks, settings, device="cpu", workers=0):
     """The scores of the query split, searched in the gallery or in itself; {} on every rank but the first."""
     query, gallery = embed_test(model, splits, settings, device, workers)
-    return scores(query, gallery, ks) if ranks()[0] == 0 else {}
+    return scores(query, gallery, ks) if rank_and_world()[0] == 0 else {}
 
 
 def usable_ks(ks, size):
-    """The K that are smaller than the gallery; says which are not, since they would always be 100 %."""
+    """The K that are smaller than the gallery; says which are not, since they would tell nothing."""
     if max(ks) >= size:
         print(f"note: Recall@{{{','.join(str(k) for k in ks if k >= size)}}} left out, "
               f"the gallery has {size} images", file=sys.stderr)
@@ -287,7 +293,7 @@ def read_embeddings(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if not name.endswith("_names")}
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError, EOFError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, AttributeError, EOFError, TypeError) as error:
         raise data.UserError(f"{path}: cannot be read as an .npz file ({error})") from None
     out = []
     for name in ("query", "gallery") if "gallery" in arrays else ("query",):
@@ -298,9 +304,10 @@ def read_embeddings(path):
         if z.ndim != 2 or z.dtype.kind != "f" or y.shape != z.shape[:1] or y.dtype.kind not in "iu":
             raise data.UserError(f"{path}: {name} must be floats (N, D) and {name}_labels integers (N,), "
                                  f"found {z.dtype} {z.shape} and {y.dtype} {y.shape}")
-        if not np.isfinite(z).all() or len(z) < 2 or z.shape[1] != arrays["query"].shape[1]:
-            raise data.UserError(f"{path}: {name} must be at least two finite rows, as long as the queries' "
-                                 f"({arrays['query'].shape[1]}), found {z.shape}")
+        least = 1 if "gallery" in arrays else 2
+        if not np.isfinite(z).all() or len(z) < least or z.shape[1] != arrays["query"].shape[1]:
+            raise data.UserError(f"{path}: {name} must be at least {least} finite rows, as long as the "
+                                 f"queries' ({arrays['query'].shape[1]}), found {z.shape}")
         out.append((torch.from_numpy(z.astype(np.float32)), torch.from_numpy(y.astype(np.int64))))
     return out if len(out) == 2 else [*out, (None, None)]
 
@@ -308,7 +315,7 @@ def read_embeddings(path):
 # ---------------------------------------------------------------- python eval.py
 
 def usable_device(name, parser):
-    """Ends with a sentence where a device cannot be used."""
+    """Exits with one sentence where a device cannot be used."""
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -325,39 +332,44 @@ def parse_args(argv=None):
     add("--save", type=Path, metavar="FILE.npz", help="write embeddings, labels and names there")
     args = parser.parse_args(argv)
     usable_device(args.device, parser)
+    if args.save and args.file.suffix == ".npz":
+        parser.error(f"--save {args.save}: {args.file} holds embeddings already")
     if args.save and (args.save.suffix != ".npz" or not args.save.absolute().parent.is_dir()):
         parser.error(f"--save {args.save}: expected a file name that ends in .npz, in a folder that exists")
     return args
 
 
 def evaluate_checkpoint(args):
-    """(what was evaluated, in words; [(z, y) of the queries, (z, y) of the gallery]; the K to count)."""
+    """(what was evaluated; its splits; [(z, y) of the queries, (z, y) of the gallery]; the K to count)."""
     model, state = rebuild(args.file)
     settings = {**state["settings"], "amp": state["settings"]["amp"] if args.device != "cpu" else "off"}
-    given = {k: v for k, v in vars(args).items() if k in settings and v}
+    choices = ("dataset", "test_list", "df2_labels", "classes", "max_images")
+    given = {name: getattr(args, name) for name in (*choices, "root", "allow_partial") if getattr(args, name)}
+    differs = [name for name in given if given[name] != settings[name]]
+    other = set(differs) & set(choices) or "dataset" in given and "root" in differs         # data, by wish
     settings.update(given)
     splits = data.load_for(settings, settings["allow_partial"])
-    if not set(given) & {"dataset", "test_list", "df2_labels", "classes", "max_images"}:    # else: by wish
+    if not other:
         data.refuse_other_data(args.file, state["data"], data.fingerprint(splits))
     model.to(args.device)
     found = embed_test(model, splits, settings, args.device, args.workers)
-    if args.save:
-        save_embeddings(args.save, splits, *found)
     ks = usable_ks(data.DATASETS[settings["dataset"]].ks, searched(splits))
-    return {"dataset": settings["dataset"], "epoch": state["epoch"]}, found, ks
+    return {"dataset": settings["dataset"], "epoch": state["epoch"]}, splits, found, ks
 
 
 def run(args):
     if args.file.suffix == ".npz":
-        (z, y), (gallery_z, gallery_y) = found = read_embeddings(args.file)
+        (_, y), (_, gallery_y) = found = read_embeddings(args.file)
         what, size = {"queries": len(y)}, len(y) - 1 if gallery_y is None else len(gallery_y)
         ks = usable_ks(data.DATASETS[args.dataset or "sop"].ks, size)
     else:
-        what, found, ks = evaluate_checkpoint(args)
+        what, splits, found, ks = evaluate_checkpoint(args)
     result = scores(*found, ks)
     print(f"{args.file}: " + ", ".join(f"{name} {value}" for name, value in what.items()))
     print("  ".join(f"{name} {100 * value:.2f}" for name, value in result.items()))
     print(json.dumps({**what, **result}))
+    if args.save:
+        save_embeddings(args.save, splits, *found)
 
 
 def main(argv=None):

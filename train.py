@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import acbn
 import data
-from eval import (Encoder, autocast, embed_test, evaluate, load_file, load_weights, ranks, recall_at_k,
-                  searched, usable_device, usable_ks)
+from eval import (Encoder, autocast, embed_test, evaluate, load_file, load_weights, rank_and_world,
+                  recall_at_k, searched, usable_device, usable_ks)
 
 # ---------------------------------------------------------------- settings
 
@@ -38,8 +38,7 @@ SMALL = dict(
     backbone="conv4", weights="none", augment="light", image_size=32, dim=128, batch_size=16,
     epochs=7, head_epochs=0, lr=3e-4, lr_drops=[4, 6], lr_decay=0.33, weight_decay=0.01,
     memory_ratio=0.5, warmup_steps=1000, gain_interval=100)     # from scratch, hence the warm-up
-PRESETS = {"synthetic": SMALL, "sop": PAPER, "inshop": PAPER, "vehicleid": PAPER, "folder": PAPER,
-           "df2": {**PAPER, "memory_ratio": 1.0, "gain_interval": 10}}
+PRESETS = {"synthetic": SMALL, "df2": {**PAPER, "memory_ratio": 1.0, "gain_interval": 10}}     # else PAPER
 
 
 def contrastive_pairs(sim, positive, negative):
@@ -85,7 +84,7 @@ def parse_args(argv=None):
     g("--momentum", type=number(float, 0, below=1), default=0.1,
       help="ema: share of the old estimate, in [0, 1) (0.1)")
     g = p.add_argument_group("model").add_argument
-    g("--backbone", help="conv4, conv4-nobn or any torchvision classifier (preset)")
+    g("--backbone", help="conv4, conv4-nobn or a torchvision classifier with a last linear layer (preset)")
     g("--weights", help="imagenet, none, or a file with a state_dict (preset)")
     g("--dim", type=number(int, 1), help="size of the embedding (preset)")
     g("--bn", choices=("train", "frozen"), default="train",
@@ -107,7 +106,7 @@ def parse_args(argv=None):
     g("--deterministic", action="store_true", help="the same bits on a GPU too, run after run, but slower")
     add("--out", help="default runs/<dataset>-<method>-<loss>-b<batch>-s<seed>")
     args = p.parse_args(argv)
-    for name, value in PRESETS[args.dataset].items():
+    for name, value in PRESETS.get(args.dataset, PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     on_gpu = args.device.startswith("cuda")
@@ -125,6 +124,8 @@ def parse_args(argv=None):
         p.error("--process-noise and --measurement-noise cannot both be 0")
     if args.amp == "fp16" and not on_gpu:
         p.error("--amp fp16 needs a GPU; use bf16 or off")
+    if args.sync_bn and not on_gpu:
+        p.error("--sync-bn needs GPUs: torch has it for no other device")
     usable_device(args.device, p)
     return args
 
@@ -143,7 +144,7 @@ def join(args):
 
 def gather(t):
     """Slices (b, ...) of all processes in rank order -> (B, ...); gradient flows to this process's slice."""
-    rank, world = ranks()
+    rank, world = rank_and_world()
     if world == 1:
         return t
     parts = [torch.empty_like(t) for _ in range(world)]
@@ -154,13 +155,13 @@ def gather(t):
 
 def parallel(module, device):
     """The module with its gradients averaged over the processes; with one process, the module itself."""
-    if ranks()[1] == 1:
+    if rank_and_world()[1] == 1:
         return module
     return DistributedDataParallel(module, [device] if device.startswith("cuda") else None)
 
 
 def say(*lines):
-    if ranks()[0] == 0:
+    if rank_and_world()[0] == 0:
         print(*lines, sep="\n", flush=True)
 
 
@@ -224,7 +225,7 @@ class Probe:
                  spread=whole.std(0, correction=0).norm().item())   # 0: collapsed, 1: about the origin
         if not used_memory(criterion):
             return
-        (rank, world), b, memory = ranks(), len(z), criterion.memory
+        (rank, world), b, memory = rank_and_world(), len(z), criterion.memory
         if self.rows:
             then, old_x, old_state, stored, slots = self.rows
             with without_trace(model, old_state):
@@ -287,7 +288,7 @@ def load_data(args):
         data.refuse_hopeless(data.Splits(splits.train, val), f"--val-fraction {args.val_fraction:g}")
     n = len(splits.train.labels)
     sampler = data.ClassBalancedSampler(splits.train.labels, args.batch_size, args.images_per_class,
-                                        args.seed, *ranks())
+                                        args.seed, *rank_and_world())
     if len(sampler) == 0:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {n} training images")
     if args.method != "none" and int(args.memory_ratio * n) < args.batch_size:
@@ -304,7 +305,7 @@ def make_model(args):
     load_weights(model, args.backbone, args.weights)
     plain = args.amp == "off" and not args.device.startswith("cuda")
     model.to(args.device, memory_format=torch.contiguous_format if plain else torch.channels_last)
-    if args.sync_bn and ranks()[1] > 1:
+    if args.sync_bn and rank_and_world()[1] > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.train()
 
@@ -312,7 +313,7 @@ def make_model(args):
 def train_head(model, batches, sampler, args):
     """The new last layer alone, as the paper starts: plain supervised contrastive loss, SGD, rate 0.001."""
     criterion = acbn.CrossBatchLoss(args.dim, 1, "none", acbn.supcon_loss).to(args.device)
-    head, world = parallel(model.head, args.device), ranks()[1]
+    head, world = parallel(model.head, args.device), rank_and_world()[1]
     optimizer = torch.optim.SGD(model.head.parameters(), lr=0.001)
     model.eval()                                      # the backbone's batch-norm statistics stay as they are
     for epoch in range(args.head_epochs):
@@ -408,10 +409,10 @@ def save(out, args, fingerprint, parts, records):
     """The last epoch of the records; parts: {name: what has a state_dict}. Rank 0 writes, and every process
     gives its random state.
     """
-    states = [random_state()] * ranks()[1]
+    states = [random_state()] * rank_and_world()[1]
     if dist.is_initialized():
         dist.all_gather_object(states, random_state())
-    if ranks()[0] == 0:
+    if rank_and_world()[0] == 0:
         epoch = records[-1]["epoch"]
         state = {"format": FORMAT, "epoch": epoch, "settings": vars(args), "data": fingerprint,
                  "model": parts["model"].state_dict()}
@@ -430,7 +431,7 @@ def resume(path, args, fingerprint, parts):
         raise data.UserError(f"{path}: not a checkpoint of this version of train.py: expected format "
                              f"{FORMAT}, found {found}; use another --out")
     try:
-        settings, (rank, world) = state["settings"], ranks()
+        settings, (rank, world) = state["settings"], rank_and_world()
         for name, value in vars(args).items():
             if name not in MAY_CHANGE and settings[name] != value:
                 raise data.UserError(f"{path}: was made with --{name.replace('_', '-')} {settings[name]}, "
@@ -458,7 +459,7 @@ def train(args):
     torch.use_deterministic_algorithms(args.deterministic)
     torch.manual_seed(args.seed)
     join(args)
-    rank, world = ranks()
+    rank, world = rank_and_world()
     try:
         everything, splits, val, sampler = load_data(args)
         model = make_model(args)
@@ -551,6 +552,9 @@ def train(args):
                 record["warning"] = "the embeddings have collapsed: all images get nearly the same one"
                 say(f"warning: {record['warning']} (spread {record['spread']:.2g} of 1)")
         # Evaluate, log, save.
+        if world > 1:                       # each has batch-norm statistics; rank 0's are saved
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
         start, options = time.perf_counter(), (vars(args), args.device, args.workers)
         record.update(evaluate(model, splits, ks, *options))
         if val:

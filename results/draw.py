@@ -216,7 +216,7 @@ def sheet(args):
 def tile(axis, split, i, caption, right):
     """One image, framed: right, solid and with a tick; wrong, dashed and with a cross; None: the query."""
     box = None if split.boxes is None else split.boxes[i]
-    axis.imshow(data.open_image(split.images[i], 96, data.everything, box))
+    axis.imshow(data.open_image(split.images[i], 96, data.whole_image, box))
     axis.set(xticks=[], yticks=[])
     mark, colour, style = {True: (" ✓", "#0060c0", "-"), False: (" ✗", "#d04000", "--"),
                            None: ("", "black", "-")}[right]
