@@ -2496,7 +2496,7 @@ def test_scripts_train_and_evaluate_on_each_replica(tmp_path, name, capsys):
     data.main([*flags, "--check"])
     assert "gallery" in capsys.readouterr().out
     records = train.main([*flags, *ON_REPLICA, "--epochs", "1", "--out", str(tmp_path / "run"),
-                          "--val-fraction", {"vehicleid": "0.5", "folder": "0"}.get(name, "0.25")])
+                          "--val-fraction", {"df2": "0.25", "folder": "0"}.get(name, "0.5")])
     held_out = "held-out training classes" in capsys.readouterr().out
     assert held_out == ("val_recall@1" in records[-1]) == (name != "folder")
     evaluation.main([str(tmp_path / "run" / "checkpoint.pt"), "--device", "cpu"])
