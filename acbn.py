@@ -310,8 +310,9 @@ class CrossBatchLoss(torch.nn.Module):
         return self.loss(sim, *pair_masks(y, reference_y, own))
 
     def get_extra_state(self):
-        return torch.tensor([self.step, self.p, self.K], dtype=torch.float64)
+        # Exact, and seen as integers, since Apple's GPUs hold no 64-bit floats.
+        return torch.tensor([self.step, self.p, self.K], dtype=torch.float64).view(torch.int64)
 
     def set_extra_state(self, state):
-        step, self.p, self.K = state.tolist()
+        step, self.p, self.K = state.cpu().view(torch.float64).tolist()
         self.step = int(step)

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""What is trained and evaluated on: the data sets as they come out of their archives, sampler, transforms.
+"""The data sets as they come out of their archives, the batches, and the transforms.
 
-    python data.py --dataset sop --root DIR             what the lists say, split by split, in seconds
+    python data.py --dataset sop --root DIR             what the lists say, split by split
     python data.py --dataset sop --root DIR --check     opens every image and lists the bad ones
-    python data.py --dataset sop --download             fetches it (3.1 GB) and unpacks it into data/
+    python data.py --dataset sop --download             fetches it (3.1 GB), unpacks it into data/
 
-A data set is one function that returns splits and one row in DATASETS. Images are files, or rows of a uint8
-array; labels are int64. What is random takes a seed; an image of `Images` that gets none is drawn from
-torch's global random numbers.
+A data set is one function that returns splits, and one row in DATASETS. Images are files, or rows
+of a uint8 array; labels are int64. Everything random comes from a seed.
 """
 import argparse
 import hashlib
@@ -15,12 +14,10 @@ import json
 import math
 import os
 import sys
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Callable, NamedTuple
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -34,13 +31,13 @@ from torchvision.transforms.functional import pil_to_tensor
 
 
 class UserError(Exception):
-    """A user's mistake, or data that cannot be used; the message, one sentence, names the file or flag."""
+    """A user's mistake, or data that cannot be used; the message names the file or the flag."""
 
 
 class Split(NamedTuple):
     images: list            # paths, or a uint8 array (N, H, W, 3)
     labels: torch.Tensor    # (N,) int64
-    boxes: torch.Tensor = None      # (N, 4) x0, y0, x1, y1 of the item, to which an image is cut
+    boxes: torch.Tensor = None      # (N, 4) x0, y0, x1, y1: the part of each image that is used
 
 
 class Splits(NamedTuple):
@@ -49,14 +46,14 @@ class Splits(NamedTuple):
     gallery: Split = None   # None: each query is searched for among the other queries
 
 
-# ---------------------------------------------------------------- synthetic: drawn products
+# ------------------------------------------------- synthetic: drawn products
 
 def uniform(generator, low, high, *shape):
     return torch.rand(*shape, generator=generator) * (high - low) + low
 
 
 def waves(frequency, phase, x, y):
-    """Two crossing cosines: frequency (n, 2, 2), phase (n, 2), x and y (n, S, S) or (S, S) -> (n, S, S)."""
+    """Two crossing cosines (n, S, S): frequency (n, 2, 2), phase (n, 2), x and y (n, S, S) or (S, S)."""
     fx, fy, phase = frequency[:, :, :1, None], frequency[:, :, 1:, None], phase[:, :, None, None]
     return torch.cos(fx * x.unsqueeze(-3) + fy * y.unsqueeze(-3) + phase).sum(1)
 
@@ -67,21 +64,23 @@ def blend(mask, colours):
 
 
 def draw(shape, wobble, frequency, phase, palette, size, g):
-    """One image a row, (n, size, size, 3) uint8: the identity is given, the nuisance drawn from generator g.
+    """One image a row, (n, size, size, 3) uint8. The identity is given; pose, background, occlusion
+    and light are drawn from generator g.
 
     Identity: outline, r(angle) = 1 + sum of shape_k cos(k angle + wobble_k), k = 2..6, both (n, 5);
     pattern, frequency (n, 2, 2) and phase (n, 2); palette (n, 2, 3).
     """
     n, axis = len(shape), (torch.arange(size) + 0.5) / size * 2 - 1
-    y, x = torch.meshgrid(axis, axis, indexing="ij")                                    # (S, S) in -1..1
-    # Pose: shift, rotation, scale, stretch take the image's coordinates to the object's, u and v (n, S, S).
+    y, x = torch.meshgrid(axis, axis, indexing="ij")                        # (S, S) in -1..1
+    # Pose: shift, rotation, scale and stretch take the image's coordinates to the object's, u, v.
     angle, scale = uniform(g, -0.3, 0.3, n, 1, 1), uniform(g, 0.95, 1.2, n, 1, 1)
     shift, stretch = uniform(g, -0.12, 0.12, n, 2, 1, 1), uniform(g, 0.92, 1.08, n, 1, 1)
     dx, dy = scale * (x - shift[:, 0]), scale * (y - shift[:, 1])
     u, v = (angle.cos() * dx + angle.sin() * dy) * stretch, angle.cos() * dy - angle.sin() * dx
-    k, polar = torch.arange(2, 7)[:, None, None], torch.atan2(v, u)[:, None]            # (n, 1, S, S)
-    radius = 0.75 * (1 + (shape[:, :, None, None] * torch.cos(k * polar + wobble[:, :, None, None])).sum(1))
-    inside = ((radius - torch.hypot(u, v)) * size / 4 + 0.5).clamp(0, 1)                # (n, S, S) 1: object
+    k, polar = torch.arange(2, 7)[:, None, None], torch.atan2(v, u)[:, None]        # (n, 1, S, S)
+    bumps = shape[:, :, None, None] * torch.cos(k * polar + wobble[:, :, None, None])
+    radius = 0.75 * (1 + bumps.sum(1))                                              # (n, S, S)
+    inside = ((radius - torch.hypot(u, v)) * size / 4 + 0.5).clamp(0, 1)            # 1: object
     product = blend((waves(frequency, phase, u, v) * 4 + 0.5).clamp(0, 1), palette)
     # Background: a pattern of the same kind in greyish colours.
     stripes = waves(uniform(g, -5, 5, n, 2, 2), uniform(g, 0, 2 * math.pi, n, 2), x, y)
@@ -89,7 +88,7 @@ def draw(shape, wobble, frequency, phase, palette, size, g):
     image = torch.lerp(blend((stripes * 2 + 0.5).clamp(0, 1), colours), product, inside[:, None])
     # Occlusion: a disc of one colour. Light: a cast, a brightness, a gradient, and noise.
     centre, reach = uniform(g, -1, 1, n, 2, 1, 1), uniform(g, 0, 0.3, n, 1, 1)
-    disc = torch.hypot(x - centre[:, 0], y - centre[:, 1]) < reach                   # (n, S, S) True: hidden
+    disc = torch.hypot(x - centre[:, 0], y - centre[:, 1]) < reach          # (n, S, S) True: hidden
     image = torch.where(disc[:, None], torch.rand(n, 3, 1, 1, generator=g), image)
     slope = uniform(g, -0.25, 0.25, n, 2, 1, 1)
     light = uniform(g, 0.9, 1.1, n, 3, 1, 1) * uniform(g, 0.75, 1.15, n, 1, 1, 1)
@@ -99,182 +98,169 @@ def draw(shape, wobble, frequency, phase, palette, size, g):
 
 
 def synthetic(root=None, classes=1000, max_images=8, image_size=32, seed=0):
-    """`classes` drawn products to train on and as many others to test on, 3 to max_images images of each."""
+    """`classes` products to train on and as many others to test on, 3 to max_images images each."""
     g = torch.Generator().manual_seed(seed)
     C = 2 * classes
     bound = torch.tensor([0.22, 0.2, 0.16, 0.13, 0.1])
     identity = (uniform(g, -1, 1, C, 5) * bound, uniform(g, 0, 2 * math.pi, C, 5),      # outline
                 uniform(g, -5, 5, C, 2, 2), uniform(g, 0, 2 * math.pi, C, 2),           # pattern
                 torch.rand(C, 2, 3, generator=g))                                       # palette
-    y = torch.arange(C).repeat_interleave(torch.randint(3, max_images + 1, (C,), generator=g))      # (N,)
-    images = torch.cat([draw(*(f[part] for f in identity), image_size, g) for part in y.split(1000)]).numpy()
+    counts = torch.randint(3, max_images + 1, (C,), generator=g)
+    y = torch.arange(C).repeat_interleave(counts)                                       # (N,)
+    images = torch.cat([draw(*(f[part] for f in identity), image_size, g)
+                        for part in y.split(1000)]).numpy()
     n = int((y < classes).sum())
     return Splits(Split(images[:n], y[:n]), Split(images[n:], y[n:]))
 
 
-# ---------------------------------------------------------------- data sets on disk
+# ------------------------------------------------- data sets on disk
 
-def make_split(images, labels, boxes=None):
-    return Split(images, torch.tensor(labels, dtype=torch.int64), boxes)
+def make_split(pairs, boxes=None):
+    """The split of a list of (image, label)."""
+    labels = torch.tensor([label for _, label in pairs], dtype=torch.int64)
+    return Split([image for image, _ in pairs], labels, boxes)
 
 
-def table(path, header=None, skip=0):
-    """Yields (line number, words) of a list file's rows. With a header, found on line skip + 1, rows have as
-    many words as it; without one, two.
+def read_list(path, form, parse, header=0):
+    """parse(*words) of every row of a list file, whose words are those that `form` names. `header`
+    lines come before the rows; the last of them is `form`.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
-    if header and (len(lines) <= skip or lines[skip].split() != header.split()):
-        raise UserError(f"{path}, line {skip + 1}: expected '{header}', "
-                        f"found '{lines[skip][:80] if len(lines) > skip else ''}'")
-    width, first = (len(header.split()), skip + 1) if header else (2, 0)
-    for number, line in enumerate(lines[first:], first + 1):
-        words = line.split()
-        if words and len(words) != width:
-            raise UserError(f"{path}, line {number}: expected {width} words, found '{line[:80]}'")
-        if words:
-            yield number, words
-
-
-def whole(word, path, line):
-    """A whole number of a list file that fits int64."""
-    if not word.isascii() or not word.removeprefix("-").isdigit() or len(word) > 18:
-        raise UserError(f"{path}, line {line}: expected a whole number, found '{word[:80]}'")
-    return int(word)
+    lines, found = path.read_text("utf-8-sig", "surrogateescape").split("\n") + ["", ""], []
+    if header and lines[header - 1].split() != form.split():
+        raise UserError(f"{path}, line {header}: expected '{form}', found '{lines[header - 1][:80]}'")
+    for number, line in enumerate(lines[header:], header + 1):
+        try:
+            found += [parse(*line.split())] if line.strip() else []
+        except (ValueError, TypeError, OverflowError):      # no int64, or another number of words
+            raise UserError(f"{path}, line {number}: expected '{form}', found '{line[:80]}'") from None
+    return found
 
 
 def sop(root):
-    """Stanford Online Products: `image_id class_id super_class_id path` a line; queries are the gallery."""
+    """Stanford Online Products; the test images are searched among themselves."""
     splits = []
     for name in ("Ebay_train.txt", "Ebay_test.txt"):
         path = find(root, "sop", f"Stanford_Online_Products/{name}", name)
-        rows = list(table(path, "image_id class_id super_class_id path"))
-        splits.append(make_split([str(path.parent / words[3]) for _, words in rows],
-                                 [whole(words[1], path, line) for line, words in rows]))
+        splits.append(make_split(read_list(
+            path, "image_id class_id super_class_id path",
+            lambda _, label, kind, image: (str(path.parent / image), np.int64(label)), header=1)))
     return Splits(*splits)
 
 
 def vehicleid(root, test_list="small"):
-    """PKU VehicleID: `<image> <vehicle>` a line; the small, medium or large test list is its own gallery."""
+    """PKU VehicleID; the small, medium or large test list is searched among itself."""
     splits, size = [], {"small": 800, "medium": 1600, "large": 2400}[test_list]
     for name in ("train_list.txt", f"test_list_{size}.txt"):
-        path = find(root, "vehicleid", f"VehicleID_V1.0/train_test_split/{name}", f"train_test_split/{name}")
-        rows, images = list(table(path)), path.parent.parent / "image"
-        splits.append(make_split([str(images / f"{words[0]}.jpg") for _, words in rows],
-                                 [whole(words[1], path, line) for line, words in rows]))
+        path = find(root, "vehicleid", *(f"{top}train_test_split/{name}"
+                                         for top in ("VehicleID_V1.0/", "")))
+        splits.append(make_split(read_list(path, "image vehicle", lambda image, label: (
+            str(path.parent.parent / "image" / f"{image}.jpg"), np.int64(label)))))
     return Splits(*splits)
 
 
 def inshop(root):
-    """In-shop Clothes Retrieval: queries against the gallery alone; a class is a whole item_id."""
-    path = find(root, "inshop", *(top + place + "list_eval_partition.txt" for place in ("Eval/", "Anno/", "")
-                                  for top in ("In-shop Clothes Retrieval Benchmark/", "")))
+    """In-shop Clothes Retrieval: queries against a gallery. A class is a whole item_id."""
+    tops = ("In-shop Clothes Retrieval Benchmark/", "")
+    path = find(root, "inshop", *(f"{top}{place}list_eval_partition.txt"
+                                  for place in ("Eval/", "Anno/", "") for top in tops))
     top = path.parent.parent if path.parent.name in ("Eval", "Anno") else path.parent
-    folders = [base / name for name in ("img", "img_highres") for base in (top / "Img", top)]
-    images = next((f for f in folders if f.is_dir()), None)
-    if images is None:
-        raise UserError(f"{top}: no folder Img/img, img, Img/img_highres or img_highres; unpack Img/img.zip")
-    rows = {"train": ([], []), "query": ([], []), "gallery": ([], [])}
-    for line, (name, item, status) in table(path, "image_name item_id evaluation_status", skip=1):
-        if status not in rows or not item.startswith("id_") or not name.startswith("img/"):
-            raise UserError(f"{path}, line {line}: expected 'img/<path> id_<number> train, query or gallery'"
-                            f", found '{name[:80]} {item[:20]} {status[:20]}'")
-        rows[status][0].append(str(images / name.removeprefix("img/")))
-        rows[status][1].append(whole(item.removeprefix("id_"), path, line))
-    with path.open(encoding="utf-8-sig") as file:
-        said = whole(file.readline().strip(), path, 1)
-    found = sum(len(labels) for _, labels in rows.values())
-    if said != found:
-        raise UserError(f"{path}, line 1: says {said} images, {found} rows follow")
-    return Splits(*(make_split(*rows[name]) for name in ("train", "query", "gallery")))
+    images = find(top, "inshop", "Img/img", "img", "Img/img_highres", "img_highres")
+    found = read_list(path, "image_name item_id evaluation_status", lambda name, item, status: (
+        str(images / name.removeprefix("img/")), np.int64(item.removeprefix("id_")), status), header=2)
+    splits = [[(image, label) for image, label, status in found if status == part]
+              for part in Splits._fields]
+    said, kept = path.read_text("utf-8-sig", "surrogateescape").split()[0], sum(map(len, splits))
+    if said != str(kept):
+        raise UserError(f"{path}, line 1: says {said} images, "
+                        f"{kept} of train, query or gallery follow")
+    return Splits(*map(make_split, splits))
 
 
 def df2(root, df2_labels="paper"):
-    """DeepFashion2, consumer to shop: users' items of validation, cut out by their boxes, search the shops'.
+    """DeepFashion2, consumer to shop: the users' items of validation search the shops'.
 
-    A class is (pair_id, category_id, style), or officially (pair_id, style). Items of style 0 belong to no
-    pair: they are neither trained on nor searched for, but those of shops are distractors in the gallery.
+    Items are cut out by their boxes. A class is (pair_id, category_id, style), or officially
+    (pair_id, style). Items of style 0 belong to no pair: they are neither trained on nor searched
+    for, but the shops' are in the gallery.
     """
     items = {}
     for part in ("train", "validation"):
-        annos = find(root, "df2", *(deep + nest + "/annos" for deep in ("", "deepfashion2/")
+        annos = find(root, "df2", *(f"{top}{nest}/annos" for top in ("", "deepfashion2/")
                                     for nest in (part, f"{part}/{part}")))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor() as pool:
             found = pool.map(df2_items, sorted(annos.glob("[!.]*.json")))
             items[part] = [item for several in found for item in several]
     chosen = [[i for i in items["train"] if i[2][2] > 0],
               [i for i in items["validation"] if i[1] == "user" and i[2][2] > 0],
               [i for i in items["validation"] if i[1] == "shop"]]
     ids, splits = {}, []        # pair_id restarts in each part, so the part belongs to the class
-    for part, rows in zip(("train", "validation", "validation"), chosen):
+    for part, of_split in zip(("train", "validation", "validation"), chosen):
         keys = [(part, pair, style) if df2_labels == "official" else (part, pair, style, category)
-                for _, _, (pair, category, style), _ in rows]
-        splits.append(make_split([row[0] for row in rows], [ids.setdefault(key, len(ids)) for key in keys],
-                                 torch.tensor([row[3] for row in rows]).reshape(-1, 4)))
+                for _, _, (pair, category, style), _ in of_split]
+        pairs = [(item[0], ids.setdefault(key, len(ids))) for item, key in zip(of_split, keys)]
+        boxes = torch.tensor([item[3] for item in of_split]).reshape(-1, 4)
+        splits.append(make_split(pairs, boxes))
     return Splits(*splits)
 
 
 def df2_items(path):
     """(image, source, (pair_id, category_id, style), box) of every item of one annotation."""
     try:
-        anno = json.loads(path.read_text(encoding="utf-8-sig"))
+        anno = json.loads(path.read_text("utf-8-sig"))
         image, source = str(path.parent.parent / "image" / f"{path.stem}.jpg"), anno["source"]
-        items = [anno[key] for key in sorted(anno) if key.startswith("item")]
-        out = [(image, source, (int(anno["pair_id"]), int(item["category_id"]), int(item["style"])),
-                [float(v) for v in item["bounding_box"]]) for item in items]
-        if source not in ("user", "shop") or any(len(box) != 4 or not all(map(math.isfinite, box))
-                                                 for *_, box in out):
-            raise ValueError("source is not user or shop, or a box has not four numbers")
-        return out
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path}: not a DeepFashion2 annotation ({type(error).__name__}: {error})") from None
+        if source not in ("user", "shop"):
+            raise ValueError(f"source is {source!r}, not 'user' or 'shop'")
+        found = []
+        for item in (anno[key] for key in sorted(anno) if key.startswith("item")):
+            x0, y0, x1, y1 = map(float, item["bounding_box"])
+            label = (int(anno["pair_id"]), int(item["category_id"]), int(item["style"]))
+            found.append((image, source, label, [x0, y0, x1, y1]))
+        return found
+    except Exception as error:                      # a malformed annotation can raise anything
+        raise UserError(f"{path}: not a DeepFashion2 annotation ({error!r})") from None
 
 
-class CleanFolder(ImageFolder):
-    """torchvision's ImageFolder without the by-products of other programs: names that begin with a dot,
-    __MACOSX, and files that are no images by their extension.
-    """
-
-    def __init__(self, root):
-        super().__init__(root, is_valid_file=self.is_image)
-
-    def find_classes(self, directory):
-        found, _ = super().find_classes(directory)
-        names = [name for name in found if not name.startswith((".", "__MACOSX"))]
-        return names, {name: label for label, name in enumerate(names)}
-
-    def is_image(self, path):
-        inside = Path(path).relative_to(self.root).parts
-        return path.lower().endswith(IMG_EXTENSIONS) and not any(part.startswith(".") for part in inside)
+def read_folder(root):
+    """The split of one folder a class, and the name of each image's class."""
+    def visible(path):              # by-products of other programs begin with a dot, or lie in __MACOSX
+        inside = Path(path).relative_to(root).parts
+        hidden = any(part.startswith((".", "__MACOSX")) for part in inside)
+        return path.lower().endswith(IMG_EXTENSIONS) and not hidden
+    try:
+        found = ImageFolder(root, is_valid_file=visible, allow_empty=True)
+    except FileNotFoundError as error:              # no such folder, or no folder in it
+        raise missing("folder", root, error) from None
+    deeper = [path for path, _ in found.samples if Path(path).parent.parent != root]
+    if deeper:
+        print(f"note: {len(deeper)} images lie deeper than their class folder, such as {deeper[0]}; "
+              f"their class is the folder directly below {root}", file=sys.stderr)
+    names = [found.classes[label] for _, label in found.samples]
+    ids = {name: label for label, name in enumerate(sorted(set(names)))}
+    return make_split([(path, ids[name]) for (path, _), name in zip(found.samples, names)]), names
 
 
 def folder(root):
-    """One folder a class: root/{train,test}/<class>/* (or val/, valid/ or validation/ for test/), or
-    root/<class>/*, of which the first half trains and the rest tests.
+    """One folder a class: root/{train,test}/<class>/* (val/, valid/ or validation/ will do for test/),
+    or root/<class>/*, of whose classes the first half trains and the rest tests.
     """
-    def read(path):
-        try:
-            samples = CleanFolder(path).samples
-        except (FileNotFoundError, ValueError) as error:        # no root, no class folder, or an empty one
-            raise missing("folder", path, str(error)) from None
-        others = sum(len(files) for _, _, files in os.walk(path, followlinks=True)) - len(samples)
-        if others:
-            print(f"note: {others} files in {path} left out: no images by their names", file=sys.stderr)
-        return make_split([path for path, _ in samples], [label for _, label in samples])
-
     root = Path(root)
-    test = [root / name for name in ("test", "val", "valid", "validation") if (root / name).is_dir()]
-    if (root / "train").is_dir() and test:
-        return Splits(read(root / "train"), read(test[0]))
-    images, y, _ = read(root)
-    n = int((y < (int(y.max()) + 1) // 2).sum())        # classes are sorted, so the first half comes first
-    return Splits(Split(images[:n], y[:n]), Split(images[n:], y[n:]))
+    tests = [root / name for name in ("test", "val", "valid", "validation")]
+    test = next((path for path in tests if path.is_dir()), None)
+    if test and (root / "train").is_dir():
+        (train, trained), (query, tested) = read_folder(root / "train"), read_folder(test)
+        both = set(trained) & set(tested)
+        if both:
+            print(f"note: {len(both)} of {len(set(tested))} test classes are also trained on",
+                  file=sys.stderr)
+        return Splits(train, query)
+    everything, _ = read_folder(root)
+    classes = everything.labels.unique()                                    # (C,) sorted
+    trains = torch.isin(everything.labels, classes[:len(classes) // 2])     # (N,)
+    return Splits(take(everything, trains), take(everything, ~trains))
 
 
 def find(root, name, *candidates):
-    """The first of root/candidate that exists; where none does, a sentence that shows the expected tree."""
+    """The first of root/candidate that exists; where none does, an error with the expected tree."""
     for candidate in candidates:
         if (Path(root) / candidate).exists():
             return Path(root) / candidate
@@ -285,16 +271,16 @@ def missing(name, root, what):
     """The error that shows what is expected under a root, and where to get it."""
     row = DATASETS[name]
     get = f"python data.py --dataset {name} --download --root {root}" if row.archive else row.page
-    text = f"'{name}' is not in {root}, or not all of it ({what}); expected under --root:\n{row.tree}"
-    return UserError(f"{text}\nget it {'with' if row.archive else 'from'}: {get}" if get else text)
+    return UserError(f"'{name}' is not in {root}, or not all of it ({what}); expected under --root:\n"
+                     f"{row.tree}" + (f"\nget it: {get}" if get else ""))
 
 
-# ---------------------------------------------------------------- the table of data sets
+# ------------------------------------------------- the table of data sets
 
 class Row(NamedTuple):
     load: Callable          # (root, **options) -> Splits
     ks: tuple               # the K of Recall@K
-    counts: dict            # official (images, classes) of each split, None: unknown; {}: not checked
+    counts: dict            # official (images, classes) of each split, None: unknown; {}: unchecked
     options: tuple = ()     # flags that its function takes
     sure: bool = True       # False: numbers of classes from one unverified source only warn
     tree: str = "    (nothing: drawn from a seed)"      # what lies under --root
@@ -304,31 +290,35 @@ class Row(NamedTuple):
 
 DATASETS = {
     "synthetic": Row(synthetic, (1, 10, 100, 1000), {}, ("classes", "max_images", "image_size")),
-    "sop": Row(sop, (1, 10, 100, 1000), {"train": (59551, 11318), "query": (60502, 11316)}, tree="""\
+    "sop": Row(
+        sop, (1, 10, 100, 1000), {"train": (59551, 11318), "query": (60502, 11316)}, tree="""\
     Stanford_Online_Products/Ebay_train.txt and Ebay_test.txt
     Stanford_Online_Products/bicycle_final/111085122871_0.JPG ... (12 folders *_final)""",
-               page="https://cvgl.stanford.edu/projects/lifted_struct/",
-               archive=("http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip",
-                        "7f73d41a2f44250d4779881525aea32e", "3.1 GB")),
-    "inshop": Row(inshop, (1, 10, 20, 30, 40, 50),
-                  {"train": (25882, 3997), "query": (14218, 3985), "gallery": (12612, 3985)}, tree="""\
-    In-shop Clothes Retrieval Benchmark/Eval/list_eval_partition.txt (or in Anno/, or beside the images)
+        page="https://cvgl.stanford.edu/projects/lifted_struct/",
+        archive=("http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip",
+                 "7f73d41a2f44250d4779881525aea32e", "3.1 GB")),
+    "inshop": Row(
+        inshop, (1, 10, 20, 30, 40, 50),
+        {"train": (25882, 3997), "query": (14218, 3985), "gallery": (12612, 3985)}, tree="""\
+    In-shop Clothes Retrieval Benchmark/Eval/list_eval_partition.txt (or in Anno/, or above it)
     In-shop Clothes Retrieval Benchmark/Img/img/WOMEN/Dresses/id_00000002/02_1_front.jpg ...
-        (or img/ without Img/, or img_highres/ in place of img/)""",
-                  page="https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html"),
-    "df2": Row(df2, (1, 5, 10, 15, 20),
-               {"train": (217778, 31517), "query": (12377, 3128), "gallery": (36961, 7059)},
-               ("df2_labels",), sure=False, tree="""\
+        (Img/img.zip unpacked; or img/ without Img/, or img_highres/ in place of img/)""",
+        page="https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html"),
+    "df2": Row(
+        df2, (1, 5, 10, 15, 20),
+        {"train": (217778, 31517), "query": (12377, 3128), "gallery": (36961, 7059)},
+        ("df2_labels",), sure=False, tree="""\
     train/annos/000001.json, train/image/000001.jpg ... (or nested once more, train/train/...)
     validation/annos/000001.json, validation/image/000001.jpg ...""",
-               page="https://github.com/switchablenorms/DeepFashion2 (password by form)"),
-    "vehicleid": Row(vehicleid, (1, 5), {"train": (None, 13164)}, ("test_list",), tree="""\
-    VehicleID_V1.0/train_test_split/train_list.txt, test_list_800.txt, test_list_1600.txt, test_list_2400.txt
+        page="https://github.com/switchablenorms/DeepFashion2 (password by form)"),
+    "vehicleid": Row(
+        vehicleid, (1, 5), {"train": (None, 13164)}, ("test_list",), tree="""\
+    VehicleID_V1.0/train_test_split/train_list.txt, test_list_800.txt, ..._1600.txt, ..._2400.txt
     VehicleID_V1.0/image/0000001.jpg ...""",
-                     page="https://pkuml.org/resources/pku-vehicleid.html (permission by e-mail)"),
+        page="https://pkuml.org/resources/pku-vehicleid.html (permission by e-mail)"),
     "folder": Row(folder, (1, 2, 4, 8), {}, tree="""\
     train/<class>/*.jpg and test/<class>/*.jpg
-    (or val/, valid/ or validation/ in place of test/)
+        (or val/, valid/ or validation/ in place of test/)
     or <class>/*.jpg (the first half of the sorted classes trains, the rest tests)"""),
 }
 
@@ -338,74 +328,20 @@ def load(name, root="data", allow_partial=False, **options):
     row = DATASETS[name]
     splits = row.load(root, **options)
     for part, found in zip(splits._fields, splits):
-        if found is None:
-            continue
-        images, classes = len(found.labels), len(found.labels.unique())
-        if images == 0:
-            raise UserError(f"{name} in {root}: the {part} split is empty")
-        expected = row.counts.get(part, (None, None))
-        text = (f"{name} in {root}: the {part} split has {images} images of {classes} classes, expected "
-                f"{expected[0] or 'any number'} of {expected[1] or 'any number'}")
-        other_images, other_classes = (want not in (None, have)
-                                       for want, have in zip(expected, (images, classes)))
-        if (other_images or other_classes and row.sure) and not allow_partial:
-            raise UserError(text + "; --allow-partial uses it all the same")
-        if other_images or other_classes:
+        images, classes = row.counts.get(part, (None, None))
+        have = (len(found.labels), len(found.labels.unique())) if found else (None, None)
+        differs = [want not in (None, has) for want, has in zip((images, classes), have)]
+        if any(differs):
+            text = (f"{name} in {root}: the {part} split has {have[0]} images of {have[1]} classes, "
+                    f"expected {images or 'any number'} of {classes or 'any number'}")
+            if (differs[0] or row.sure) and not allow_partial:
+                raise UserError(text + "; --allow-partial uses it all the same")
             print(f"warning: {text}", file=sys.stderr)
     shared = set(splits.train.labels.tolist()) & set(splits.query.labels.tolist())
     if row.counts and shared:
-        raise UserError(f"{name} in {root}: class {min(shared)} is in the training and in the test list")
+        raise UserError(f"{name} in {root}: class {min(shared)} is in the training and the test list")
     refuse_hopeless(splits, f"{name} in {root}")
     return splits
-
-
-def refuse_hopeless(splits, where):
-    """Splits on which nothing can be learnt or measured are an error before any work."""
-    query, gallery = splits.query, splits.gallery or splits.query
-    counts = gallery.labels.unique(return_counts=True)[1]
-    if len(splits.train.labels.unique()) < 2:
-        raise UserError(f"{where}: the train split has one class, and two are needed to tell them apart")
-    if len(gallery.labels) < 3 or len(counts) < 2:
-        raise UserError(f"{where}: the images to search are {len(gallery.labels)} of {len(counts)} classes; "
-                        "at least 3 of 2 classes are needed to measure anything")
-    to_find = counts > 1 if splits.gallery is None else torch.isin(query.labels, gallery.labels)
-    if not to_find.any():
-        raise UserError(f"{where}: no image of the test split has another one of its class to find")
-
-
-def names(splits):
-    """{split: the names of its images}, relative to the folder that holds all of them."""
-    found = {name: part.images for name, part in zip(splits._fields, splits) if part is not None}
-    paths = [path for images in found.values() if isinstance(images, list) for path in images]
-    base = os.path.commonpath(map(os.path.dirname, paths)) if paths else ""
-    return {name: [Path(os.path.relpath(path, base)).as_posix() for path in images]
-            if isinstance(images, list) else [f"drawn/{k}" for k in range(len(images))]
-            for name, images in found.items()}
-
-
-def fingerprint(splits):
-    """{split: what tells it from another}: numbers, and a hash of its names (or pixels), labels and boxes."""
-    prints = {}
-    for name, called in names(splits).items():
-        images, labels, boxes = part = getattr(splits, name)
-        content = "\n".join(called).encode() if isinstance(images, list) else images.tobytes()
-        for array in part[1:]:
-            content += b"" if array is None else array.numpy().tobytes()
-        prints[name] = {"images": len(labels), "classes": len(labels.unique()),
-                        "hash": hashlib.sha256(content).hexdigest()[:16]}
-    return prints
-
-
-def refuse_other_data(path, then, now):
-    """Says in one sentence how the data differ from those that the checkpoint `path` was made with."""
-    for name in dict.fromkeys([*then, *now]):
-        old, new = then.get(name), now.get(name)
-        if old != new:
-            words = [f"{part['images']} images of {part['classes']} classes" if part else "nothing"
-                     for part in (old, new)]
-            what = (f"had {words[0]}, now it has {words[1]}" if words[0] != words[1] else
-                    f"has {words[1]} as before, but other names, labels or pixels")
-            raise UserError(f"{path}: was made with other data: the {name} split {what}")
 
 
 def load_for(settings, allow_partial):
@@ -414,24 +350,61 @@ def load_for(settings, allow_partial):
     return load(settings["dataset"], settings["root"], allow_partial, **options)
 
 
+def matches(splits):
+    """(Q,) True: the query has an image of its class to find."""
+    y, gallery = splits.query.labels, splits.gallery
+    if gallery:
+        return torch.isin(y, gallery.labels)
+    _, index, counts = y.unique(return_inverse=True, return_counts=True)
+    return counts[index] > 1
+
+
+def refuse_hopeless(splits, where):
+    """Splits on which nothing can be learnt or measured are an error before any work."""
+    searched, found = (splits.gallery or splits.query).labels, int(matches(splits).sum())
+    trained, classes = len(splits.train.labels.unique()), len(searched.unique())
+    if min(trained, classes) < 2 or len(searched) < 3 or found == 0:
+        raise UserError(f"{where}: there are {trained} classes to train on, {classes} classes of "
+                        f"{len(searched)} images to search, and {found} queries with an image of their "
+                        "class to find; at least 2, 2 of 3, and 1 are needed")
+
+
+def names(splits):
+    """{split: the names of its images}, relative to the folder that holds all of them."""
+    found = {name: part.images for name, part in zip(splits._fields, splits) if part}
+    if not isinstance(splits.train.images, list):
+        return {name: [f"drawn/{k}" for k in range(len(images))] for name, images in found.items()}
+    base = os.path.commonpath(os.path.dirname(path) for images in found.values() for path in images)
+    return {name: [os.path.relpath(path, base) for path in images]
+            for name, images in found.items()}
+
+
+def fingerprint(splits):
+    """A hash of the images' relative names (of drawn ones, their pixels), labels and boxes."""
+    content = [repr(names(splits)).encode()]
+    for part in filter(None, splits):
+        arrays = (part.labels, part.boxes, None if isinstance(part.images, list) else part.images)
+        content += [np.asarray(array).tobytes() for array in arrays if array is not None]
+    return hashlib.sha256(b"".join(content)).hexdigest()[:16]
+
+
 def describe(splits):
     """A line a split, and what is searched."""
     for name, part in zip(splits._fields, splits):
-        if part is not None:
+        if part:
             counts = part.labels.unique(return_counts=True)[1]
             yield (f"{name:8} {len(part.labels):7} images {len(counts):6} classes, "
                    f"{int(counts.min())} to {int(counts.max())} images each")
-            if name == "train" and counts.min() == 1:
-                yield f"train    {int((counts == 1).sum()):7} classes of one image: batches repeat it"
-            empty = 0 if part.boxes is None else int((part.boxes[:, 2:] <= part.boxes[:, :2]).any(1).sum())
-            if empty:
-                yield f"{name:8} {empty:7} boxes without area: the whole image is taken"
-    y, gallery = splits.query.labels, splits.gallery
-    classes, index, counts = y.unique(return_inverse=True, return_counts=True)
-    alone = (counts[index] == 1) if gallery is None else ~torch.isin(y, gallery.labels)
-    yield "gallery  the queries, each without itself" if gallery is None else "gallery  never the queries"
-    if alone.any():
-        yield f"query    {int(alone.sum()):7} without any match in the gallery: they count as misses"
+        if part and part.boxes is not None:
+            empty = int((part.boxes[:, 2:] <= part.boxes[:, :2]).any(1).sum())
+            yield f"{name:8} {empty:7} boxes without area: the whole image is taken"
+    single = int((splits.train.labels.unique(return_counts=True)[1] == 1).sum())
+    if single:
+        yield f"train    {single:7} classes of one image: batches repeat it"
+    yield f"gallery  {'never the queries' if splits.gallery else 'the queries, each without itself'}"
+    alone = int((~matches(splits)).sum())
+    if alone:
+        yield f"query    {alone:7} without any match in the gallery: they count as misses"
 
 
 def hold_out(splits, fraction, seed=0):
@@ -444,74 +417,46 @@ def hold_out(splits, fraction, seed=0):
 
 def take(part, chosen):
     """The rows of a split where the mask (N,) is True."""
-    images = part.images
-    index = chosen.nonzero()[:, 0]
+    index, images = chosen.nonzero()[:, 0], part.images
     images = [images[i] for i in index.tolist()] if isinstance(images, list) else images[index]
     return Split(images, part.labels[chosen], None if part.boxes is None else part.boxes[chosen])
 
 
 def sentence(error):
-    """The message of a UserError, also of one that a loader's worker has wrapped in its traceback."""
+    """The message of an error, also of one that a loader's worker has wrapped in its traceback."""
     return str(error).split("UserError: ")[-1].strip()
 
 
-# ---------------------------------------------------------------- images and transforms
+# ------------------------------------------------- images and transforms
 
 def open_image(item, size=None, cut=None, box=None):
-    """A path or a uint8 array (H, W, 3) -> PIL image in RGB, whatever the file's extension says it is.
+    """A path or a uint8 array (H, W, 3) -> PIL image, in RGB as torchvision's own loader has it.
 
-    size: the region (left, top, right, bottom) that `cut` returns for (width, height) is resized to size x
-    size. box (4,): the image is first cut to it, as far as they overlap; without an area, not at all.
-    JPEGs are decoded at 1/2, 1/4 or 1/8 of their scale where as many pixels as wanted remain.
+    size: the region (left, top, right, bottom) that `cut` returns for (width, height) is resized to
+    size x size. box (4,): the image is first cut to it, as far as they overlap. JPEGs are decoded
+    at 1/2, 1/4 or 1/8 of their scale where as many pixels as wanted remain.
     """
     try:
         with Image.fromarray(item) if isinstance(item, np.ndarray) else Image.open(item) as image:
-            image = turned(image)
             if size is None:
-                return in_colour(image)
+                return image.convert("RGB")
             width, height = image.size
             x0, y0, x1, y1 = clamp(box, width, height)
             left, top, right, bottom = cut(x1 - x0, y1 - y0)
             part = (x0 + left, y0 + top, x0 + right, y0 + bottom)           # in the file's pixels
-            least = size / min(right - left, bottom - top)                  # of the file's resolution
+            least = size / min(right - left, bottom - top)                  # of its resolution
             drafted = image.draft(None, (math.ceil(width * least), math.ceil(height * least)))
             sx, sy = (drafted[1][2] / width, drafted[1][3] / height) if drafted else (1, 1)
-            image = in_colour(image)
+            image = image.convert("RGB")
             right, bottom = min(part[2] * sx, image.width), min(part[3] * sy, image.height)
             part = (part[0] * sx, part[1] * sy, right, bottom)              # in the decoded pixels
             return image.resize((size, size), Image.Resampling.BILINEAR, box=part)
     except Exception as error:                  # broken files make the image library raise anything
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error) or repr(error)
-        raise UserError(f"{item}: cannot be read as an image ({reason})") from None
-
-
-TURNS = dict(zip(range(2, 9), (
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90)))
-
-
-def turned(image):
-    """The image as its EXIF data say it is held, where they can be read."""
-    if image.format == "TIFF":
-        image.load()                            # PIL turns these itself, and forgets how they were held
-    try:
-        turn = TURNS.get(image.getexif().get(0x0112))
-    except Exception:                           # broken EXIF data are no reason to refuse the picture
-        turn = None
-    return image if turn is None else image.transpose(turn)
-
-
-def in_colour(image):
-    """In RGB, as torchvision's loader has it, but 16-bit greys scaled to 8 bits where PIL would clip them."""
-    deep = image.mode.startswith("I;16") or image.mode == "I" and image.getextrema()[1] > 255
-    if deep:
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+        raise UserError(f"{item}: cannot be read as an image ({error!r})") from None
 
 
 def clamp(box, width, height):
-    """The part of a box (4,) inside the image; all of the image where nothing is left, or without a box."""
+    """The part of a box (4,) inside the image; the whole image where nothing is left, or box is None."""
     if box is not None:
         x0, y0, x1, y1 = box.tolist()
         x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
@@ -540,9 +485,10 @@ def random_part(width, height):
 def augmentation(recipe):
     """(how a training image is cut, its transform): PIL image -> (3, S, S) uint8.
 
-    "paper" is timm's rand-m9-mstd0.5 as near as torchvision comes: each of two operations with probability
-    0.5, at 9/10 of its range (bin 27 of 31), no noise on the magnitude; erased areas get ImageNet's mean.
-    "light" suits small drawn images and follows a batch at a time, see `light`; "none" only resizes.
+    "paper" is timm's rand-m9-mstd0.5 as near as torchvision comes: each of two operations with
+    probability 0.5, at 9/10 of its range (bin 27 of 31), without noise on the magnitude; erased areas
+    get ImageNet's mean. "light" suits small images and follows a batch at a time, see `light`; "none"
+    only resizes.
     """
     if recipe in ("light", "none"):
         return whole_image, pil_to_tensor
@@ -552,16 +498,18 @@ def augmentation(recipe):
 
 
 def light(x, u):
-    """Turns (15 degrees), scales (10 %), shifts (10 %) and tints (20 %) each of x (B, 3, S, S) uint8, by the
-    random u (B, 7) in 0..1: what torchvision's RandomAffine and ColorJitter do, for a batch at once, since
-    image by image they take as long as a small network's step.
+    """Turns (15 degrees), scales (10 %), shifts (10 %) and tints (20 %) each of x (B, 3, S, S) uint8 by
+    the random u (B, 7) in 0..1.
+
+    It is torchvision's RandomAffine and ColorJitter for a whole batch: image by image they take as
+    long as a small network's step.
     """
-    angle, scale, dx, dy, *tints = (2 * u - 1).T                                        # (B,) in -1..1
+    angle, scale, dx, dy, *tints = (2 * u - 1).T                                    # (B,) in -1..1
     angle, scale = angle * math.radians(15), 1 + 0.1 * scale
     cos, sin = angle.cos() / scale, angle.sin() / scale
-    theta = torch.stack([cos, -sin, 0.2 * dx, sin, cos, 0.2 * dy], 1).view(-1, 2, 3)    # (B, 2, 3)
-    grid = F.affine_grid(theta, x.shape, align_corners=False)                           # (B, S, S, 2)
-    x = F.grid_sample(x.float(), grid, align_corners=False)                             # (B, 3, S, S)
+    theta = torch.stack([cos, -sin, 0.2 * dx, sin, cos, 0.2 * dy], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)                       # (B, S, S, 2)
+    x = F.grid_sample(x.float(), grid, align_corners=False)                         # (B, 3, S, S)
     brightness, contrast, saturation = (1 + 0.2 * t[:, None, None, None] for t in tints)
     x = brightness * x
     x = torch.lerp(grey(x).mean((2, 3), keepdim=True), x, contrast)
@@ -574,15 +522,15 @@ def grey(x):
 
 
 class Images(torch.utils.data.Dataset):
-    """(image (3, size, size) uint8, label, id) of each image of a split; the id is its index.
+    """(image (3, size, size) uint8, label) of each image of a split.
 
-    In training the image is augmented by the recipe; an index may then come with a seed, (index, seed),
-    from which alone everything random is drawn, whichever worker draws it. Otherwise the image is resized,
-    or for "paper" the centre crop of a resize to 256/224 of the size.
+    In training the image is augmented by the recipe. Its key is then (index, seed): everything random
+    comes from that seed alone, whichever worker draws it. Otherwise the key is the index, and the
+    image is resized; for "paper" it is the centre crop of a resize to 256/224 of the size.
     """
 
     def __init__(self, split, size, recipe, training=False):
-        self.split, self.size = split, size
+        self.split, self.size, self.training = split, size, training
         self.light = training and recipe == "light"
         self.cut, self.transform = augmentation(recipe if training else "none")
         if recipe == "paper" and not training:
@@ -595,46 +543,45 @@ class Images(torch.utils.data.Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys):                       # what a DataLoader asks for: a batch at once
-        keys = [key if isinstance(key, tuple) else (key, None) for key in keys]
+        keys = keys if self.training else [(i, 0) for i in keys]
         read = [self.read(i, seed) for i, seed in keys]
-        x = torch.stack([image for image, _ in read])                                   # (B, 3, S, S)
+        x = torch.stack([image for image, _ in read])                               # (B, 3, S, S)
         x = light(x, torch.stack([u for _, u in read])) if self.light else x
-        return [(image, self.split.labels[i], i) for image, (i, _) in zip(x, keys)]
+        return [(image, self.split.labels[i]) for image, (i, _) in zip(x, keys)]
 
     def read(self, i, seed):
         """Image i (3, size, size) uint8, and the random numbers (7,) that `light` takes."""
         box = None if self.split.boxes is None else self.split.boxes[i]
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.default_generator.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
             image = open_image(self.split.images[i], self.size, self.cut, box)
-            return self.transform(image), torch.rand(7) if self.light else None
+            return self.transform(image), torch.rand(7)
 
 
-# ---------------------------------------------------------------- batches of P classes x m images
+# ------------------------------------------------- batches of P classes x m images
 
 class ClassBalancedSampler(torch.utils.data.Sampler):
-    """Batches of batch_size / m distinct classes, m images each, N // batch_size batches an epoch.
+    """Batches of batch_size / m distinct classes, m images each; N // batch_size of them an epoch.
 
-    Classes come from a shuffled deck that is dealt out before it is shuffled again. Of a class with n >= m
-    images m different ones are drawn; a smaller one gives all n, then m - n of them once more. Over `world`
-    processes each rank gets its consecutive share of every batch. Same seed and epoch, same batches; call
-    set_epoch before each epoch.
+    Classes come from a shuffled deck that is dealt out before it is shuffled again. Of a class with
+    n >= m images m different ones are drawn; a smaller one gives all n, then m - n of them once more.
+    Over `world` processes each rank gets its consecutive share of every batch. The same seed and
+    epoch give the same batches; call set_epoch before each epoch.
     """
 
     def __init__(self, labels, batch_size, images_per_class=4, seed=0, rank=0, world=1):
         classes, counts = labels.unique(return_counts=True)
         if batch_size % images_per_class or batch_size % world:
-            raise ValueError(f"batch size {batch_size} must be a multiple of {images_per_class} images per "
-                             f"class and of {world} processes")
-        if batch_size // images_per_class > len(classes):
-            raise ValueError(
-                f"batch size {batch_size} with {images_per_class} images per class needs "
-                f"{batch_size // images_per_class} classes, the training split has {len(classes)}")
-        self.by_class = labels.argsort(stable=True).split(counts.tolist())      # one (n,) of indices a class
+            raise UserError(f"batch size {batch_size} must be a multiple of {images_per_class} images "
+                            f"per class and of {world} processes")
+        if batch_size // images_per_class > len(classes) or batch_size > len(labels):
+            raise UserError(f"batch size {batch_size} with {images_per_class} images per class needs "
+                            f"{batch_size // images_per_class} classes and {batch_size} images, the "
+                            f"training split has {len(classes)} and {len(labels)}")
+        self.by_class = labels.argsort(stable=True).split(counts.tolist())      # (n,) indices each
         self.batch_size, self.m, self.seed, self.epoch = batch_size, images_per_class, seed, 0
-        self.length, self.share = len(labels) // batch_size, slice(rank * batch_size // world,
-                                                                   (rank + 1) * batch_size // world)
+        self.length, share = len(labels) // batch_size, batch_size // world
+        self.share = slice(rank * share, (rank + 1) * share)
 
     def __len__(self):
         return self.length
@@ -646,11 +593,12 @@ class ClassBalancedSampler(torch.utils.data.Sampler):
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         P, deck = self.batch_size // self.m, []
         for _ in range(self.length):
-            if len(deck) < P:    # classes still in the old deck go to the end of the new one: no class twice
+            if len(deck) < P:   # what is left of the old deck goes last in the new: no class twice
                 fresh = torch.randperm(len(self.by_class), generator=g).tolist()
                 deck += [c for c in fresh if c not in deck] + [c for c in fresh if c in deck]
             chosen, deck = deck[:P], deck[P:]
-            yield torch.cat([self.draw(self.by_class[c], g) for c in chosen])[self.share].tolist()
+            batch = torch.cat([self.draw(self.by_class[c], g) for c in chosen])
+            yield batch[self.share].tolist()
 
     def draw(self, indices, g):
         """m of a class's indices (n,)."""
@@ -662,7 +610,7 @@ class ClassBalancedSampler(torch.utils.data.Sampler):
 
 
 class Seeded(torch.utils.data.Sampler):
-    """A ClassBalancedSampler's batches as (index, seed) pairs for Images; no pair comes twice in a run."""
+    """A ClassBalancedSampler's batches as (index, seed) pairs for Images; no pair comes twice."""
 
     def __init__(self, sampler):
         self.sampler = sampler
@@ -678,19 +626,15 @@ class Seeded(torch.utils.data.Sampler):
             yield [(i, (first + k) % 2 ** 32) for k, i in enumerate(batch)]
 
 
-def loader(dataset, workers=0, pin_memory=False, **options):
-    """A DataLoader whose workers stay alive from epoch to epoch.
-
-    It has a generator of its own: from the global one it would draw once an epoch without workers and once a
-    run with them, and what a network's dropout draws would depend on that. A shuffle
-    by it is always the same.
+def loader(images, workers=0, **options):
+    """A DataLoader of Images whose workers stay alive. It has a generator of its own, since from the
+    global one it would draw as often as workers start, and a network's dropout would depend on that.
     """
-    return torch.utils.data.DataLoader(
-        dataset, num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0,
-        generator=torch.Generator(), **options)
+    return torch.utils.data.DataLoader(images, num_workers=workers, persistent_workers=workers > 0,
+                                       generator=torch.Generator(), **options)
 
 
-# ---------------------------------------------------------------- python data.py
+# ------------------------------------------------- python data.py
 
 def check(split):
     """Opens every image; returns the sentences about the bad ones."""
@@ -699,9 +643,9 @@ def check(split):
             open_image(item)
         except UserError as error:
             return str(error)
-    unique = dict.fromkeys(split.images) if isinstance(split.images, list) else split.images
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [text for text in pool.map(complaint, unique) if text]
+    images = dict.fromkeys(split.images) if isinstance(split.images, list) else split.images
+    with ThreadPoolExecutor() as pool:
+        return [text for text in pool.map(complaint, images) if text]
 
 
 def number(kind, low, above=False, below=math.inf):
@@ -720,7 +664,7 @@ def add_flags(add, default=None):
     """The flags that say which data, for every script."""
     add("--dataset", choices=DATASETS, default=default, help="its preset sets train.py's 'preset' flags")
     add("--root", default="data" if default else None, help="the folder with the unpacked archive (data)")
-    add("--allow-partial", action="store_true", help="only warn where counts differ from the official ones")
+    add("--allow-partial", action="store_true", help="only warn where counts differ from the official")
     add("--test-list", choices=("small", "medium", "large"), default="small" if default else None,
         help="vehicleid: 800, 1600 or 2400 vehicles to test on (small)")
     add("--df2-labels", choices=("paper", "official"), default="paper" if default else None,
@@ -733,25 +677,25 @@ def add_flags(add, default=None):
 
 def download(name, root):
     """Fetches a data set's archive, checks it and unpacks it below root, unless its lists are there."""
-    row = DATASETS[name]
+    row, root = DATASETS[name], Path(root)
     if not row.archive:
         raise UserError(f"--download: '{name}' cannot be fetched by a program; "
                         f"see {row.page or row.tree.strip()}")
     address, md5, size = row.archive
-    archive = Path(root) / address.rpartition("/")[2]
+    archive = root / address.rpartition("/")[2]
     with suppress(UserError):
         row.load(root)
         if not archive.exists():                    # it would, had unpacking it been cut short
             return print(f"{name} is in {root} already")
     print(f"fetching {size} from {address} to {archive}, to be unpacked there", flush=True)
     try:
-        Path(root).mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
         if not check_integrity(archive, md5):
             torch.hub.download_url_to_file(address, str(archive))
         if not check_integrity(archive, md5):
             raise ValueError("its MD5 is not the one expected")
         extract_archive(archive, root, remove_finished=True)
-    except (URLError, OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:                      # the network and the unpacker raise anything
         raise UserError(f"--download: {address} could not be fetched to {archive} ({error})") from None
 
 
@@ -770,10 +714,9 @@ def main(argv=None):
             download(args.dataset, args.root)
         splits = load_for({**vars(args), "image_size": 32}, args.allow_partial)
     except (UserError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(f"data.py: {error}")
     print(*describe(splits), sep="\n")
-    bad = [text for part in splits if part is not None for text in check(part)] if args.check else []
+    bad = [text for part in splits if part for text in check(part)] if args.check else []
     if bad:
         print(*bad, sep="\n")
         sys.exit(f"data.py: {len(bad)} images of {args.dataset} in {args.root} cannot be read")

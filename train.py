@@ -2,10 +2,10 @@
 """Train an embedding with AXBN or one of its baselines.
 
     python train.py                             synthetic products, about 2 minutes on two CPU cores
-    python train.py --dataset sop --root DIR    the paper's setting; DIR holds Stanford_Online_Products/
+    python train.py --dataset sop --root DIR    the paper's setting; DIR: Stanford_Online_Products/
 
-Every epoch adds a line to <out>/log.jsonl and rewrites <out>/checkpoint.pt, and <out>/best.pt where it is the
-best so far. The same command continues where it stopped.
+Every epoch adds a line to <out>/log.jsonl and rewrites <out>/checkpoint.pt, and <out>/best.pt where it
+is the best so far. The same command continues where it stopped.
 """
 import argparse
 import json
@@ -25,10 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import acbn
 import data
-from eval import (Encoder, autocast, embed_test, evaluate, load_file, load_weights, rank_and_world,
-                  recall_at_k, searched, usable_device, usable_ks)
+from eval import (FORMAT, Encoder, autocast, embed_test, load_checkpoint, load_weights, rank_and_world,
+                  scores, usable_device, usable_ks)
 
-# ---------------------------------------------------------------- settings
+# ------------------------------------------------- settings
 
 PAPER = dict(
     backbone="resnet50", weights="imagenet", augment="paper", image_size=224, dim=512, batch_size=64,
@@ -38,7 +38,7 @@ SMALL = dict(
     backbone="conv4", weights="none", augment="light", image_size=32, dim=128, batch_size=16,
     epochs=7, head_epochs=0, lr=3e-4, lr_drops=[4, 6], lr_decay=0.33, weight_decay=0.01,
     memory_ratio=0.5, warmup_steps=1000, gain_interval=100)     # from scratch, hence the warm-up
-PRESETS = {"synthetic": SMALL, "df2": {**PAPER, "memory_ratio": 1.0, "gain_interval": 10}}     # else PAPER
+PRESETS = {"synthetic": SMALL, "df2": {**PAPER, "memory_ratio": 1.0, "gain_interval": 10}}  # else PAPER
 
 
 def contrastive_pairs(sim, positive, negative):
@@ -46,19 +46,18 @@ def contrastive_pairs(sim, positive, negative):
     return positive, negative & (sim > 0.5)
 
 
-# name: (the loss, the mining whose pairs the log counts)
-LOSSES = {
+LOSSES = {              # name: (the loss, the mining whose pairs the log counts)
     "ms": (acbn.multi_similarity_loss, acbn.multi_similarity_pairs),
     "supcon": (acbn.mined_supcon_loss, acbn.pair_margin),
     "contrastive": (acbn.contrastive_loss, contrastive_pairs),
 }
 MAY_CHANGE = {"epochs", "workers", "device", "out", "root", "allow_partial"}    # on resuming
-FORMAT = 2              # of checkpoint.pt
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False, epilog="'preset' defaults depend on --dataset.")
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter,
+                                epilog="'preset' defaults depend on --dataset.")
     add = p.add_argument
     number = data.number
     g = p.add_argument_group("data").add_argument
@@ -68,7 +67,7 @@ def parse_args(argv=None):
     g("--image-size", type=number(int, 1), help="pixels a side (preset)")
     g("--augment", choices=("paper", "light", "none"), help="training transform (preset)")
     g("--workers", type=number(int, 0),
-      help="processes that read images; results do not depend on it (GPU: one a core, at most 16; CPU: 0)")
+      help="processes that read images, without effect on results (GPU: one a core, up to 16; CPU: 0)")
     g = p.add_argument_group("method").add_argument
     g("--method", choices=acbn.METHODS, default="axbn", help="xbm+batch is the paper's XBM* (axbn)")
     g("--loss", choices=LOSSES, default="ms", help="supcon with pair margins is the paper's (ms)")
@@ -79,12 +78,12 @@ def parse_args(argv=None):
     g("--fill-memory", action="store_true",
       help="after the warm-up, fill the memory at once with random training images")
     g("--process-noise", type=number(float, 0), default=1.0, help="q of the Kalman filter (1)")
-    g("--measurement-noise", type=number(float, 0), default=0.01, help="r, divided by the batch size (0.01)")
+    g("--measurement-noise", type=number(float, 0), default=0.01, help="r, over the batch size (0.01)")
     g("--gain-interval", type=number(int, 1), help="the gain is renewed every so many steps (preset)")
     g("--momentum", type=number(float, 0, below=1), default=0.1,
       help="ema: share of the old estimate, in [0, 1) (0.1)")
     g = p.add_argument_group("model").add_argument
-    g("--backbone", help="conv4, conv4-nobn or a torchvision classifier with a last linear layer (preset)")
+    g("--backbone", help="conv4, conv4-nobn or a torchvision classifier (preset)")
     g("--weights", help="imagenet, none, or a file with a state_dict (preset)")
     g("--dim", type=number(int, 1), help="size of the embedding (preset)")
     g("--bn", choices=("train", "frozen"), default="train",
@@ -100,10 +99,10 @@ def parse_args(argv=None):
     g("--lr-decay", type=number(float, 0, above=True), help="(preset)")
     g("--weight-decay", type=number(float, 0), help="of AdamW (preset)")
     g("--amp", choices=("off", "bf16", "fp16"), help="mixed precision (bf16 on a GPU, else off)")
-    g("--sync-bn", action="store_true", help="several processes: batch norm over the whole batch, by torch")
-    g("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(a GPU where there is one)")
+    g("--sync-bn", action="store_true", help="several GPUs: batch norm over the whole batch")
+    g("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(a GPU if there is one)")
     g("--seed", type=number(int, 0, below=2 ** 32), default=0, help="of everything random (0)")
-    g("--deterministic", action="store_true", help="the same bits on a GPU too, run after run, but slower")
+    g("--deterministic", action="store_true", help="the same bits on a GPU too, but slower")
     add("--out", help="default runs/<dataset>-<method>-<loss>-b<batch>-s<seed>")
     args = p.parse_args(argv)
     for name, value in PRESETS.get(args.dataset, PAPER).items():
@@ -116,21 +115,17 @@ def parse_args(argv=None):
     if args.workers is None:            # on a CPU the network's own threads use every core already
         cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.workers = min(cores, 16) if on_gpu else 0
-    args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.loss}-b{args.batch_size}-s{args.seed}"
-    if args.batch_size % args.images_per_class:
-        p.error(f"--batch-size {args.batch_size} is not a multiple of "
-                f"--images-per-class {args.images_per_class}")
+    args.out = args.out or (f"runs/{args.dataset}-{args.method}-{args.loss}-b{args.batch_size}"
+                            f"-s{args.seed}")
     if args.process_noise + args.measurement_noise == 0:
         p.error("--process-noise and --measurement-noise cannot both be 0")
-    if args.amp == "fp16" and not on_gpu:
-        p.error("--amp fp16 needs a GPU; use bf16 or off")
     if args.sync_bn and not on_gpu:
         p.error("--sync-bn needs GPUs: torch has it for no other device")
     usable_device(args.device, p)
     return args
 
 
-# ---------------------------------------------------------------- many processes, as torchrun starts them
+# ------------------------------------------------- many processes, as torchrun starts them
 
 def join(args):
     """Take this process's GPU, and join torchrun's other processes, if there are any."""
@@ -143,7 +138,7 @@ def join(args):
 
 
 def gather(t):
-    """Slices (b, ...) of all processes in rank order -> (B, ...); gradient flows to this process's slice."""
+    """Slices (b, ...) of all processes in rank order -> (B, ...); gradient flows to this one's slice."""
     rank, world = rank_and_world()
     if world == 1:
         return t
@@ -153,8 +148,16 @@ def gather(t):
     return torch.cat(parts)
 
 
+def gather_object(value):
+    """[the value of each process, in rank order]."""
+    values = [value] * rank_and_world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def parallel(module, device):
-    """The module with its gradients averaged over the processes; with one process, the module itself."""
+    """The module with its gradients averaged over the processes; with one process, the module."""
     if rank_and_world()[1] == 1:
         return module
     return DistributedDataParallel(module, [device] if device.startswith("cuda") else None)
@@ -165,7 +168,7 @@ def say(*lines):
         print(*lines, sep="\n", flush=True)
 
 
-# ---------------------------------------------------------------- random states
+# ------------------------------------------------- what is measured on the way
 
 def random_state():
     """The state of this process's random numbers: (CPU, GPU)."""
@@ -181,8 +184,8 @@ def set_random_state(state):
 
 @contextmanager
 def without_trace(model, state):
-    """Inside: no gradients, and the random numbers that follow `state`. Afterwards buffers (batch norm's
-    statistics) and random numbers are as before.
+    """Inside: no gradients, and the random numbers that follow `state`. Afterwards buffers (batch
+    norm's statistics) and random numbers are as before.
     """
     saved, before = [b.clone() for b in model.buffers()], random_state()
     set_random_state(state)
@@ -195,114 +198,67 @@ def without_trace(model, state):
             buffer.copy_(value)
 
 
-# ---------------------------------------------------------------- what is measured; training does not need it
+def counting(loss, mine, pairs):
+    """The loss; whenever it is computed, it leaves the numbers of mined pairs in pairs (2,)."""
+    def counted(sim, positive, negative):
+        pairs.copy_(torch.stack([mask.sum() for mask in mine(sim.detach(), positive, negative)]))
+        return loss(sim, positive, negative)
+    return counted
 
-class Probe:
-    """Looks at every `every`-th step of an epoch, without affecting the training. It measures the pairs
-    mined, the drift of the batch (Eq. 5, dk = 1), its spread, and how stale an earlier batch's rows in the
-    memory have become. Two embeddings are compared for the same pixels, the same mode of the network and
-    the same random numbers (dropout), so that they differ by the weights alone.
+
+def summary(seen, args, epoch, over):
+    """The log's part of an epoch so far (or over), from seen (4, steps): loss, gradient norm, positives
+    and negatives of each step. A loss or gradient that is not finite ends the run; fp16 may skip steps
+    with such a gradient, but not every one.
     """
-
-    def __init__(self, every, mine, embed):
-        self.every, self.mine, self.embed = every, mine, embed
-        self.rows, self.seen, self.stale = None, {}, []
-
-    def add(self, **values):
-        for name, value in values.items():
-            self.seen.setdefault(name, []).append(value)
-
-    def look(self, step, model, criterion, x, y, z, state):
-        """After step `step` on this process's images x (b, ...), whose embeddings were z (b, D) before the
-        weights moved; y (b,) their labels; state: the random numbers that the network then used.
-        """
-        whole = gather(z)                                                   # (B, D)
-        p, n = self.mine(*pairs(criterion, whole, gather(y)))               # (B, N), (B, N)
-        self.add(positives_mined=p.sum().item(), negatives_mined=n.sum().item())
-        with without_trace(model, state):
-            drift = (self.embed(x) - z).norm(dim=1)                         # (b,) Eq. 5
-        self.add(drift_mean=drift.mean().item(), drift_max=drift.max().item(),
-                 spread=whole.std(0, correction=0).norm().item())   # 0: collapsed, 1: about the origin
-        if not used_memory(criterion):
-            return
-        (rank, world), b, memory = rank_and_world(), len(z), criterion.memory
-        if self.rows:
-            then, old_x, old_state, stored, slots = self.rows
-            with without_trace(model, old_state):
-                fresh = self.embed(old_x)                                   # (b, D)
-            adapted = acbn.normalize(memory.all_embeddings[slots])          # (b, D)
-            as_stored, as_adapted = ((fresh - old).norm(dim=1).mean().item() for old in (stored, adapted))
-            self.stale.append([step - then, as_stored, as_adapted])
-        stay = memory.size // (b * world)               # after so many steps the queue has overwritten a row
-        if not self.rows or step + self.every - self.rows[0] >= stay:
-            slots = own_slots(memory, b * world)[rank * b:][:b]             # (b,)
-            self.rows = (step, x, state, z, slots) if self.every < stay else None
-
-    def take(self):
-        """The epoch's means; staleness also by age, as a list of [age, as stored, as adapted]."""
-        record, by_age = {name: fmean(values) for name, values in self.seen.items()}, self.stale
-        for k, name in enumerate(("age", "stored", "adapted")):
-            record[f"staleness_{name}"] = fmean(row[k] for row in by_age) if by_age else None
-        self.rows, self.seen, self.stale = None, {}, []
-        return {**record, "staleness": by_age}
+    losses, norms, positives, negatives = seen.tolist()
+    taken, fp16 = [norm for norm in norms if math.isfinite(norm)], args.amp == "fp16"
+    bad = [k for k, (loss, norm) in enumerate(zip(losses, norms), 1)
+           if not math.isfinite(loss) or not (math.isfinite(norm) or fp16 and (taken or not over))]
+    if bad:
+        raise data.UserError(f"epoch {epoch}, step {bad[0]}: the loss or its gradient is not finite; try a "
+                             f"lower --lr than {args.lr:g}" + fp16 * ", or --amp bf16 or off")
+    return {"loss": fmean(losses), "gradient_norm": fmean(taken or [0]),
+            "steps_skipped": len(norms) - len(taken), "steps_without_pairs": losses.count(0),
+            "positives_mined": fmean(positives), "negatives_mined": fmean(negatives)}
 
 
-def used_memory(criterion):
-    """Whether the step that was just made compared the batch with the memory."""
-    return criterion.method != "none" and criterion.step > criterion.warmup_steps
+def warning(record, steps):
+    """What an epoch's record should warn of, or None."""
+    if record["steps_without_pairs"] == steps:
+        return "no step of the epoch had a pair to learn from: the loss was 0 throughout"
+    if record["spread"] < 0.01:
+        return (f"the embeddings have collapsed: all images get nearly the same one (spread "
+                f"{record['spread']:.2g} of 1)")
 
 
-def own_slots(memory, n):
-    """Where the last n rows were written: (n,)."""
-    return (memory.written - n + torch.arange(n, device=memory.written.device)) % memory.size
-
-
-def pairs(criterion, z, y):
-    """sim, positive, negative (B, N) of the step that was just made on z (B, D), y (B,): against the memory
-    where it was used, else within the batch.
-    """
-    memory = criterion.memory
-    if not used_memory(criterion):
-        return z @ z.T, *acbn.pair_masks(y, y, torch.arange(len(z), device=z.device))
-    masks = acbn.pair_masks(y, memory.all_labels, own_slots(memory, len(z)), memory.filled())
-    return z @ acbn.normalize(memory.all_embeddings).T, *masks
-
-
-def raw_pixels(splits, args):
-    """Recall@1 of the test images' pixels at 32 x 32, as a floor."""
-    settings = dict(image_size=32, augment="none", amp="off")
-    (z, y), (gallery_z, gallery_y) = embed_test(torch.nn.Flatten(), splits, settings, workers=args.workers)
-    grey = 127.5                # cosines of pixels are about mid-grey, in the gallery as in the queries
-    gallery_z = None if gallery_z is None else gallery_z - grey
-    return recall_at_k(z - grey, y, [1], gallery_z, gallery_y)[1]
-
-
-# ---------------------------------------------------------------- parts of a run
+# ------------------------------------------------- parts of a run
 
 def load_data(args):
-    """(all splits, splits to use, validation split or None, P x m sampler); refuses flags that do not fit."""
+    """(all splits, splits to use, validation split or None, P x m sampler)."""
     everything, val = data.load_for(vars(args), args.allow_partial), None
     splits = everything
     if args.val_fraction:
         splits, val = data.hold_out(everything, args.val_fraction)
         data.refuse_hopeless(data.Splits(splits.train, val), f"--val-fraction {args.val_fraction:g}")
-    n = len(splits.train.labels)
     sampler = data.ClassBalancedSampler(splits.train.labels, args.batch_size, args.images_per_class,
                                         args.seed, *rank_and_world())
-    if len(sampler) == 0:
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {n} training images")
-    if args.method != "none" and int(args.memory_ratio * n) < args.batch_size:
-        raise ValueError(f"--memory-ratio {args.memory_ratio:g} makes a memory of "
-                         f"{int(args.memory_ratio * n)} rows, less than --batch-size {args.batch_size}")
+    if args.method != "none" and int(args.memory_ratio * len(splits.train.labels)) < args.batch_size:
+        raise data.UserError(f"--memory-ratio {args.memory_ratio:g} makes a memory of less than one "
+                             f"batch, --batch-size {args.batch_size}")
     return everything, splits, val, sampler
 
 
 def make_model(args):
     """The encoder with its first weights, in training mode, on the device."""
-    model = Encoder(args.backbone, args.dim, args.bn == "frozen")
-    with torch.no_grad():                           # fails here already where --image-size is too small
-        model.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
-    load_weights(model, args.backbone, args.weights)
+    try:
+        model = Encoder(args.backbone, args.dim, args.bn == "frozen")
+        with torch.no_grad():           # fails here already where the network cannot take such images
+            model.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
+        load_weights(model, args.backbone, args.weights)
+    except (ValueError, RuntimeError, AssertionError) as error:         # of torch and torchvision
+        raise data.UserError(f"--backbone {args.backbone} does not go with --weights {args.weights}, "
+                             f"--image-size {args.image_size}, --dim {args.dim}: {error}") from None
     plain = args.amp == "off" and not args.device.startswith("cuda")
     model.to(args.device, memory_format=torch.contiguous_format if plain else torch.channels_last)
     if args.sync_bn and rank_and_world()[1] > 1:
@@ -311,14 +267,14 @@ def make_model(args):
 
 
 def train_head(model, batches, sampler, args):
-    """The new last layer alone, as the paper starts: plain supervised contrastive loss, SGD, rate 0.001."""
+    """The new last layer alone, as the paper starts: plain supervised contrastive loss, SGD."""
     criterion = acbn.CrossBatchLoss(args.dim, 1, "none", acbn.supcon_loss).to(args.device)
     head, world = parallel(model.head, args.device), rank_and_world()[1]
     optimizer = torch.optim.SGD(model.head.parameters(), lr=0.001)
-    model.eval()                                      # the backbone's batch-norm statistics stay as they are
+    model.eval()                                # the backbone's batch-norm statistics stay as they are
     for epoch in range(args.head_epochs):
-        sampler.set_epoch(epoch - args.head_epochs)         # negative: other batches than those of training
-        for x, y, _ in batches:
+        sampler.set_epoch(epoch - args.head_epochs)         # negative: other batches than training's
+        for x, y in batches:
             with autocast(args.device, args.amp):
                 with torch.no_grad():
                     features = model.features(x.to(args.device))
@@ -339,61 +295,88 @@ def fill_memory(model, criterion, split, args):
     batches = data.loader(images, args.workers, batch_size=args.batch_size, drop_last=True,
                           sampler=[(i, k) for k, i in enumerate(order)])
     with without_trace(model, random_state()), autocast(args.device, args.amp):
-        torch.manual_seed(args.seed)            # the same dropout, and so the same rows, in every process
-        for x, y, _ in batches:
-            criterion.memory.enqueue(acbn.normalize(model(x.to(args.device))), y.to(args.device))
+        torch.manual_seed(args.seed)            # the same dropout, so the same rows, in every process
+        for x, y in batches:
+            z = acbn.normalize(model(x.to(args.device)))                        # (B, D)
+            criterion.memory.enqueue(z, y.to(args.device))
 
 
-def summary(seen, step, epoch, rate, amp):
-    """The log's part of an epoch up to a step, from the losses and gradient norms seen (2, steps). Ends the
-    run where one is not finite; fp16 may skip steps with such a gradient, but not all of an epoch.
-    """
-    losses, norms = seen[:, :step].tolist()
-    taken = [norm for norm in norms if math.isfinite(norm)]
-    may_skip = amp == "fp16" and (taken or step < seen.shape[1])
-    for k, (loss, norm) in enumerate(zip(losses, norms), 1):
-        if not (math.isfinite(loss) and (math.isfinite(norm) or may_skip)):
-            what = "gradient" if math.isfinite(loss) else "loss"
-            raise data.UserError(
-                f"epoch {epoch}, step {k}: the {what} is not finite at a learning rate of {rate:g}; try a "
-                "lower --lr" + (", or --amp bf16 or off in place of fp16" if amp == "fp16" else ""))
-    return {"loss": fmean(losses), "gradient_norm": fmean(taken or [0]),
-            "steps_skipped": len(norms) - len(taken), "steps_without_pairs": losses.count(0)}
+def train_epoch(epoch, parts, network, batches, split, pairs, args):
+    """One epoch, step by step; returns its line of the log."""
+    model, criterion, optimizer, scaler = parts.values()
+    world, steps, drifts, spreads = rank_and_world()[1], len(batches), [], []
+    every = min(50, max(1, steps // 6))                         # drift is measured at these steps
+    rate = args.lr * args.lr_decay ** sum(epoch > drop for drop in args.lr_drops)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    seen = torch.zeros(4, steps, device=args.device)            # loss, gradient norm, pairs mined
+    start = shown = time.perf_counter()
+    for step, (x, y) in enumerate(batches, 1):
+        if args.fill_memory and args.method != "none" and criterion.step == args.warmup_steps:
+            fill_memory(model, criterion, split, args)
+        x, y = x.to(args.device, non_blocking=True), y.to(args.device, non_blocking=True)
+        state = random_state() if step % every == 0 else None
+        with autocast(args.device, args.amp):
+            z = network(x)                                      # (b, D) this process's share
+        whole, labels = gather(z.float()), gather(y)            # (B, D), (B,)
+        loss = criterion(whole, labels)                         # () the same in every process
+        optimizer.zero_grad()
+        scaler.scale(world * loss).backward()       # gradients are averaged over the processes
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)     # clips nothing
+        scaler.step(optimizer)                                  # fp16: not where the norm is not finite
+        scaler.update()
+        seen[:, step - 1] = torch.stack([loss.detach(), norm, *pairs])
+        if state:
+            with without_trace(model, state), autocast(args.device, args.amp):
+                moved = acbn.normalize(gather(model(x).float()))            # (B, D)
+            whole = acbn.normalize(whole.detach())
+            drifts.append((moved - whole).norm(dim=1))          # (B,) Eq. 5, dk = 1, the same pixels
+            spreads.append(whole.std(0, correction=0).norm())   # () 0: collapsed, 1: about the origin
+        now = time.perf_counter()
+        if now - shown > 5 or step == steps:        # seldom: the host waits for the device here
+            shown, speed = now, step / (now - start)
+            record = summary(seen[:, :step], args, epoch, step == steps)
+            left = round(((args.epochs - epoch) * steps + steps - step) / speed)
+            say(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  loss {loss.item():.4f}  "
+                f"{speed * args.batch_size:.0f} images/s  {left // 60}:{left % 60:02} left")
+    started = criterion.method in acbn.ADAPTING and len(criterion.memory)
+    return {"epoch": epoch, "lr": rate, **record, "gain": criterion.K if started else None,
+            "memory": len(criterion.memory), "images_per_second": round(speed * args.batch_size, 1),
+            "drift_mean": fmean(drift.mean().item() for drift in drifts),
+            "drift_max": fmean(drift.max().item() for drift in drifts),
+            "spread": fmean(spread.item() for spread in spreads)}
 
 
-# ---------------------------------------------------------------- checkpoints and the log
+def evaluate(model, splits, ks, args):
+    """The scores of the query split, searched in the gallery or in itself; {} but on the first rank."""
+    query, gallery = embed_test(model, splits, vars(args), args.device, args.workers)
+    return scores(query, gallery, ks) if rank_and_world()[0] == 0 else {}
+
+
+# ------------------------------------------------- checkpoints and the log
 
 def claim(out):
-    """The folder's lock, held until it is closed or the process ends, however it ends."""
+    """The folder's lock, which ends with the process, however that ends."""
     lock = (out / "lock").open("w")
     try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise data.UserError(f"--out {out}: another run is writing there ({error.strerror}); "
-                             "use another --out") from None
+        import fcntl
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise data.UserError(f"--out {out}: another run is writing there; use another --out") from None
+    except (ImportError, OSError):          # no such locks on this system or disk: nothing is refused
+        pass
     return lock
 
 
 def write(path, content):
     """Text, or anything torch.save takes, written whole or not at all."""
     part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            if isinstance(content, str):
-                file.write(content.encode())
-            else:
-                torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:        # torch.save reports a full disk as either
-        raise data.UserError(f"{part}: cannot be written ({str(error).splitlines()[0]}); "
-                             f"{path.name} is as it was") from None
+    with part.open("wb") as file:
+        file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
 
 
 def write_log(out, records):
@@ -406,12 +389,8 @@ def best_of(records):
 
 
 def save(out, args, fingerprint, parts, records):
-    """The last epoch of the records; parts: {name: what has a state_dict}. Rank 0 writes, and every process
-    gives its random state.
-    """
-    states = [random_state()] * rank_and_world()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(states, random_state())
+    """Writes the state after the last epoch of the records; each process gives its random state."""
+    states = gather_object(random_state())
     if rank_and_world()[0] == 0:
         epoch = records[-1]["epoch"]
         state = {"format": FORMAT, "epoch": epoch, "settings": vars(args), "data": fingerprint,
@@ -424,33 +403,24 @@ def save(out, args, fingerprint, parts, records):
 
 
 def resume(path, args, fingerprint, parts):
-    """Fills the parts from a checkpoint and returns its records; refuses one of other settings or data."""
-    state = load_file(path)
-    found = state.get("format") if isinstance(state, dict) else None
-    if found != FORMAT:
-        raise data.UserError(f"{path}: not a checkpoint of this version of train.py: expected format "
-                             f"{FORMAT}, found {found}; use another --out")
-    try:
-        settings, (rank, world) = state["settings"], rank_and_world()
-        for name, value in vars(args).items():
-            if name not in MAY_CHANGE and settings[name] != value:
-                raise data.UserError(f"{path}: was made with --{name.replace('_', '-')} {settings[name]}, "
-                                     f"now it is {value}; use the same, or another --out")
-        data.refuse_other_data(path, state["data"], fingerprint)
-        if len(state["rng"]) != world:
-            raise data.UserError(f"{path}: was made with {len(state['rng'])} processes, "
-                                 f"now there are {world}")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        set_random_state(state["rng"][rank])
-        return state["records"]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise data.UserError(f"{path}: not a checkpoint of this version of train.py ({reason}); "
-                             "use another --out") from None
+    """Fills the parts from a checkpoint and returns its records; refuses other settings or data."""
+    state, (rank, world) = load_checkpoint(path), rank_and_world()
+    for name, value in vars(args).items():
+        if name not in MAY_CHANGE and state["settings"].get(name) != value:
+            raise data.UserError(f"{path}: was made with --{name.replace('_', '-')} "
+                                 f"{state['settings'].get(name)}, now it is {value}; use another --out")
+    if state["data"] != fingerprint:
+        raise data.UserError(f"{path}: was made with other data: their names or labels differ from those "
+                             f"in {args.root}; use another --out")
+    if len(state["rng"]) != world:
+        raise data.UserError(f"{path}: was made with {len(state['rng'])} processes, now there are {world}")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    set_random_state(state["rng"][rank])
+    return state["records"]
 
 
-# ---------------------------------------------------------------- the run, from top to bottom
+# ------------------------------------------------- the run, from top to bottom
 
 def train(args):
     # Data, model, loss and optimiser.
@@ -460,109 +430,63 @@ def train(args):
     torch.manual_seed(args.seed)
     join(args)
     rank, world = rank_and_world()
-    try:
-        everything, splits, val, sampler = load_data(args)
-        model = make_model(args)
-    except (data.UserError, ValueError, RuntimeError, AssertionError) as error:     # flags that do not fit
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    torch.manual_seed(args.seed + rank)             # the same weights everywhere, but each its own dropout
+    everything, splits, val, sampler = load_data(args)
+    model = make_model(args)
+    torch.manual_seed(args.seed + rank)         # the same weights everywhere, but each its own dropout
     network = parallel(model, args.device)
     images = data.Images(splits.train, args.image_size, args.augment, training=True)
     batches = data.loader(images, args.workers, pin_memory=args.device.startswith("cuda"),
                           batch_sampler=data.Seeded(sampler))
-    loss_function, mine = LOSSES[args.loss]
-    size = int(args.memory_ratio * len(images))
-    criterion = acbn.CrossBatchLoss(args.dim, 1 if args.method == "none" else size, args.method,
-                                    loss_function, args.process_noise, args.measurement_noise,
-                                    args.gain_interval, args.momentum, args.warmup_steps).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "criterion": criterion}
-    fingerprint = data.fingerprint(everything)
-    ks, steps = usable_ks(data.DATASETS[args.dataset].ks, searched(splits)), len(batches)
-
-    def embed(x):
-        with autocast(args.device, args.amp):
-            return acbn.normalize(model(x))
-    stay = size // args.batch_size                              # so many steps a row stays in the memory
-    every = max(1, min(50, steps // 6, max(10, stay - 1)))      # six looks an epoch, before the rows go
-    probe = Probe(every, mine, embed)
+    pairs = torch.zeros(2, device=args.device)                  # mined in the last step
+    criterion = acbn.CrossBatchLoss(
+        args.dim, 1 if args.method == "none" else int(args.memory_ratio * len(images)), args.method,
+        counting(*LOSSES[args.loss], pairs), args.process_noise, args.measurement_noise,
+        args.gain_interval, args.momentum, args.warmup_steps).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
+                                  fused=True)
+    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16")
+    parts = {"model": model, "criterion": criterion, "optimizer": optimizer, "scaler": scaler}
 
     # Start, or continue where a run in the same folder stopped.
     say(*data.describe(splits), json.dumps(vars(args)))
-    if args.epochs == 0:
-        say(f"Recall@1 of raw pixels: {100 * raw_pixels(splits, args):.2f}")
-    out = Path(args.out)
-    say(f"writing to {out}; stopped at any time, the same command continues after the last whole epoch")
+    ks = usable_ks(data.DATASETS[args.dataset].ks, splits.query.labels,
+                   splits.gallery and splits.gallery.labels)
+    out, fingerprint = Path(args.out), data.fingerprint(everything)
+    say(f"writing to {out}; stopped at any time, the same command continues after the last epoch")
     out.mkdir(parents=True, exist_ok=True)
     lock = claim(out) if rank == 0 else None
     resumed = (out / "checkpoint.pt").exists()
     records = resume(out / "checkpoint.pt", args, fingerprint, parts) if resumed else []
-    if dist.is_initialized():
-        dist.barrier()                      # every process has looked before rank 0 writes
+    gather_object(None)                     # every process has looked before rank 0 writes
     if rank == 0:
         write(out / "settings.json", json.dumps(vars(args), indent=1) + "\n")
+        write_log(out, records)             # it lacks a line if the run was killed after its checkpoint
     if resumed:
         say(f"continuing {out} after epoch {records[-1]['epoch']}")
-        if rank == 0:
-            write_log(out, records)         # it lacks a line if the run was killed right after its checkpoint
 
     for epoch in range(len(records), args.epochs + 1):
         if epoch == 0:
             train_head(model, batches, sampler, args)
-            record = {"epoch": 0, "settings": {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}}
+            settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
+            record = {"epoch": 0, "settings": settings}
         else:
             model.train()
             sampler.set_epoch(epoch)
-            rate = args.lr * args.lr_decay ** sum(epoch > drop for drop in args.lr_drops)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            seen = torch.zeros(2, steps, device=args.device)    # (2, steps) loss and gradient norm
-            start = shown = time.perf_counter()
-            for step, (x, y, _) in enumerate(batches, 1):
-                if args.fill_memory and args.method != "none" and criterion.step == args.warmup_steps:
-                    fill_memory(model, criterion, splits.train, args)
-                x, y = x.to(args.device, non_blocking=True), y.to(args.device, non_blocking=True)
-                state = random_state() if step % probe.every == 0 else None
-                with autocast(args.device, args.amp):
-                    z = network(x)                              # (b, D) this process's share of the batch
-                loss = criterion(gather(z.float()), gather(y))          # () the same value in every process
-                optimizer.zero_grad()
-                scaler.scale(world * loss).backward()       # gradients are averaged over the processes
-                scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)     # clips nothing
-                scaler.step(optimizer)                          # fp16: not where the norm is not finite
-                scaler.update()
-                seen[:, step - 1] = torch.stack([loss.detach(), norm])
-                if state is not None:
-                    probe.look(step, model, criterion, x, y, acbn.normalize(z.detach()), state)
-                now = time.perf_counter()
-                if now - shown > 5 or step == steps:        # seldom: the host waits for the device here
-                    shown, speed = now, step / (now - start)
-                    so_far = summary(seen, step, epoch, rate, args.amp)
-                    left = round(((args.epochs - epoch) * steps + steps - step) / speed)
-                    say(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  loss {loss.item():.4f}  "
-                        f"{speed * args.batch_size:.0f} images/s  {left // 60}:{left % 60:02} left")
-            started = args.method in ("xbn", "ema", "axbn") and used_memory(criterion)
-            record = {"epoch": epoch, "lr": rate, **so_far,
-                      "gain": criterion.K.item() if started else None, "memory": len(criterion.memory),
-                      "images_per_second": round(speed * args.batch_size, 1), **probe.take()}
-            if record.get("spread", 1) < 0.01:
-                record["warning"] = "the embeddings have collapsed: all images get nearly the same one"
-                say(f"warning: {record['warning']} (spread {record['spread']:.2g} of 1)")
-        # Evaluate, log, save.
+            record = train_epoch(epoch, parts, network, batches, splits.train, pairs, args)
+            if text := warning(record, len(batches)):
+                record["warning"] = text
+                say(f"warning: {text}")
         if world > 1:                       # each has batch-norm statistics; rank 0's are saved
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
-        start, options = time.perf_counter(), (vars(args), args.device, args.workers)
-        record.update(evaluate(model, splits, ks, *options))
+        start = time.perf_counter()
+        record.update(evaluate(model, splits, ks, args))
         if val:
-            held_out = evaluate(model, data.Splits(None, val), [1], *options)
+            held_out = evaluate(model, data.Splits(None, val), [1], args)
             record.update({f"val_{name}": value for name, value in held_out.items()})
         records.append({**record, "eval_seconds": round(time.perf_counter() - start, 1)})
-        say(f"epoch {epoch}/{args.epochs}  "
-            + "  ".join(f"{k} {100 * v:.2f}" for k, v in record.items() if "recall" in k or "map" in k))
+        say(f"epoch {epoch}/{args.epochs}  " + "  ".join(
+            f"{k} {100 * v:.2f}" for k, v in record.items() if "recall" in k or "map" in k))
         save(out, args, fingerprint, parts, records)
 
     if rank == 0:
@@ -575,14 +499,15 @@ def train(args):
 
 
 def main(argv=None):
+    args = parse_args(argv)
     try:
-        return train(parse_args(argv))
+        return train(args)
     except (data.UserError, OSError) as error:
         sys.exit(f"train.py: {data.sentence(error)}")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends it at once, like SIGTERM: files stay whole
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends it at once, like SIGTERM
     main()
     if dist.is_initialized():
         dist.destroy_process_group()
