@@ -3,8 +3,8 @@
 
 XBN and AXBN are by Ajanthan, Ma, van den Hengel and Gould, "Adaptive Cross Batch Normalization for
 Metric Learning", arXiv 2303.17127. Sections, equations and lines of Algorithm 1 below are those of
-that paper. It writes AXBN; ACBN, the name of this file, means the same. The memory is XBM, by Wang
-et al., arXiv 1912.06798. This file needs torch alone: copy it.
+that paper. The memory is XBM, by Wang, Zhang, Huang and Scott, arXiv 1912.06798. This file needs
+torch alone: copy it.
 
     >>> criterion = CrossBatchLoss(dim=16, size=256, method="axbn")     # remembers 256 embeddings
     >>> encoder = torch.nn.Linear(8, 16)
@@ -14,32 +14,36 @@ et al., arXiv 1912.06798. This file needs torch alone: copy it.
     >>> len(criterion.memory)
     96
 
-Call the criterion once a step, on the whole batch (gathered, if there are several processes),
-outside DDP, DataParallel and activation checkpointing, and keep it in float32 or float64.
+Every training call writes into the memory. So call the criterion once a step, on the whole batch
+(gathered, if there are several processes), outside DDP, DataParallel and activation checkpointing,
+and keep it in float32 or float64.
 
-Every adapting method keeps an estimate of the embeddings' mean and deviation. At each step it moves
-the estimate towards the batch's by a share K, the gain, and matches the memory to it. Three gains
-make three methods: XBN has K = 1, EMA a constant K = 1 - momentum, AXBN that of a Kalman filter.
+One step: normalise the batch, adapt the memory to it, write the batch over the oldest rows, and
+compare the batch's anchors with the whole memory, which now holds the batch itself. The memory has
+no gradient. XBN, EMA and AXBN adapt: they estimate the embeddings' mean and deviation, move these
+estimates by a fraction K, the gain, towards the moments of each batch, and then shift and scale the
+memory to them. XBN has K = 1, EMA a constant K = 1 - momentum, AXBN the gain of a Kalman filter.
 
 Symbols (paper | here | shape):
-    B-bar      | z, y: embeddings and labels of the batch          | (B, D), (B,)
-    R-bar      | memory: the last M embeddings and their labels    | (M, D), (M,)
-    E[.], s[.] | mean and standard deviation over the rows         | (D,), (D,)
-    mu^, s^    | self.mean, self.std: the estimates                | (D,), (D,)
+    B-bar      | z, y: embeddings and labels of the batch            | (B, D), (B,)
+    R-bar      | memory: the last M embeddings and labels (n so far) | (M, D), (M,)
+    E[.], s[.] | mean and standard deviation over the rows           | (D,), (D,)
+    mu^, s^    | self.mean, self.std: the estimates                  | (D,), (D,)
     p, K, q, r | variance of the estimate, gain, process noise, measurement noise: Python numbers
 
 Readings, where the paper leaves something open:
-    1. The deviation is the unbiased one. A single row has none, so a batch of one row adapts
-       nothing. A dimension that is constant in batch or memory is shifted, not scaled.
-    2. The first moments measured are the first estimates.
-    3. Adapted rows leave the unit sphere. They are stored so, and normalised to be compared.
-    4. The margins of the paper's miner are Euclidean distances, as in the library it used.
-    5. The gain (lines 1-3) is renewed every gain_interval steps, the estimates at every step.
-    6. With the published q = 1 and r = 0.01 the gain is above 0.999 from 16 images on, so AXBN is
-       XBN to three digits. They are the defaults all the same.
+    1. The deviation is the unbiased one. A batch of one row has no deviation: it adapts nothing and
+       renews no gain. A dimension that is constant in batch or memory is only shifted.
+    2. The first moments that are measured become the first estimates.
+    3. Adapted rows leave the unit sphere. They are stored that way, and normalised for comparison.
+    4. The margins of the paper's miner are Euclidean distances, the default of the library that its
+       authors used, pytorch-metric-learning.
+    5. The gain is renewed every gain_interval steps, the estimates at every step.
+    6. The published noises are the defaults. With them K is above 0.999 for batches of 16 or more,
+       so AXBN equals XBN to three digits. What AXBN gains in the paper is not explained by that.
     7. The memory's own moments are taken before its oldest rows leave.
-    8. An anchor is never compared with its own copy of this step. Older copies of the same image,
-       in a memory that outlasts an epoch, are positives like any other image of the class.
+    8. As in that library, an anchor is never compared with its own copy of this step. Older copies
+       of the same image, in a memory that outlasts an epoch, are positives like other images.
 """
 import torch
 import torch.nn.functional as F
@@ -62,14 +66,15 @@ def moments(z):
     """
     mean = z.mean(0)                                                            # (D,)
     std = ((z - mean).square().sum(0) / max(len(z) - 1, 1)).sqrt()              # (D,) reading 1
-    return mean, std.masked_fill(std <= 16 * torch.finfo(z.dtype).eps * mean.abs(), 0)
+    rounding = 16 * torch.finfo(z.dtype).eps * mean.abs()                       # (D,)
+    return mean, std.masked_fill(std <= rounding, 0)
 
 
 def match_moments(memory, mean, std):
     """The memory (M, D), shifted and scaled so that its moments become mean and std (D,): (M, D).
 
     Assumes that embeddings drift as z' = A z + b, with a diagonal A (Eq. 7). A dimension whose
-    deviation is 0, in the memory or in std, is shifted alone.
+    deviation is 0, in the memory or in std, is only shifted.
     """
     memory_mean, memory_std = moments(memory)                                   # (D,), (D,)
     constant = (memory_std == 0) | (std == 0)                                   # (D,) reading 1
@@ -91,10 +96,10 @@ def kalman_gain(p, q, r):
 # of sim, which CrossBatchLoss computes in float32 at least.
 
 def pair_masks(y, reference_y, own=None):
-    """Which references share the anchor's class, and which have another: two boolean masks (B, N).
+    """Which references are of the anchor's class, and which of another: two boolean masks (B, N).
 
-    y (B,), reference_y (N,): labels. own (n,): the columns of the last n anchors, if they are among
-    the references; an anchor is never paired with itself.
+    y (B,), reference_y (N,): labels. own (m,): for each of the last m anchors, the column that
+    holds its own copy. Such a pair is neither positive nor negative.
     """
     positive = y[:, None] == reference_y                            # (B, N) True: same class
     negative = ~positive                                            # (B, N) True: another class
@@ -107,9 +112,9 @@ def pair_masks(y, reference_y, own=None):
 def multi_similarity_pairs(sim, positive, negative, margin=0.1):
     """Mining of the MS loss: the hard pairs among the given ones, two masks (B, N).
 
-    A negative is hard if it is nearer than the anchor's farthest positive, a positive if it is
-    farther than the nearest negative, each up to the margin. An anchor that lacks one kind keeps
-    none of the other.
+    Keeps a negative whose sim + margin is above the anchor's least positive sim, and a positive
+    whose sim - margin is below its greatest negative sim. An anchor without positives, or without
+    negatives, keeps no pair.
     """
     least_positive = sim.masked_fill(~positive, torch.inf).amin(1, keepdim=True)            # (B, 1)
     greatest_negative = sim.masked_fill(~negative, -torch.inf).amax(1, keepdim=True)        # (B, 1)
@@ -118,12 +123,15 @@ def multi_similarity_pairs(sim, positive, negative, margin=0.1):
 
 def log_1_plus_sum_exp(x, keep):
     """log(1 + sum of exp(x) over the kept entries of a row): x, keep (B, N) -> (B,)."""
-    x = F.pad(x.masked_fill(~keep, -torch.inf), (0, 1))             # (B, N + 1) the 0 is log 1
-    return x.logsumexp(1)                                           # (B,)
+    x = F.pad(x.masked_fill(~keep, -torch.inf), (0, 1))         # (B, N + 1) the added 0 is log 1
+    return x.logsumexp(1)                                       # (B,)
 
 
 def multi_similarity_loss(sim, positive, negative, alpha=2.0, beta=50.0, base=0.5, margin=0.1):
-    """Multi-similarity loss (Wang et al., CVPR 2019) over the mined pairs, mean over all B."""
+    """Multi-similarity loss (Wang et al., CVPR 2019) over the mined pairs; mean over all B anchors.
+
+    The base is that of the common libraries; the MS paper has 1.
+    """
     positive, negative = multi_similarity_pairs(sim, positive, negative, margin)
     pull = log_1_plus_sum_exp(-alpha * (sim - base), positive) / alpha          # (B,)
     push = log_1_plus_sum_exp(beta * (sim - base), negative) / beta             # (B,)
@@ -141,17 +149,20 @@ def pair_margin(sim, positive, negative, pos_margin=0.2, neg_margin=0.8):
 
 
 def supcon_loss(sim, positive, negative, temperature=0.1):
-    """Supervised contrastive loss: -1/|P| sum over p in P of [l_p - log sum over P and N of exp(l)].
+    """Supervised contrastive loss. For an anchor with positives P and negatives N, and logits l =
+    sim / temperature: the mean over p in P of log(sum of exp(l) over P and N) - l_p.
 
-    l = sim / temperature; P and N are the anchor's positives and negatives. The mean is over the
-    anchors whose loss is above 0. It is 0 where the whole batch has no positive or no negative.
+    The mean is over the anchors whose loss is above 0. The loss is 0 if the whole batch has no
+    positive or no negative.
     """
-    l = sim / temperature                                                       # (B, N)
-    lowest = torch.finfo(l.dtype).min   # not -inf: a row without any pair would get NaN gradients
-    log_sum = l.masked_fill(~(positive | negative), lowest).logsumexp(1, keepdim=True)      # (B, 1)
-    losses = (log_sum - l).masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp_min(1)  # (B,)
-    counts = (losses > 0) & positive.any() & negative.any()         # (B,) True: part of the mean
-    return losses.masked_fill(~counts, 0).sum() / counts.sum().clamp_min(1)
+    logits = sim / temperature                                                  # (B, N)
+    lowest = torch.finfo(sim.dtype).min     # not -inf: a row without pairs would get NaN gradients
+    pairs = positive | negative                                                 # (B, N)
+    log_sum = logits.masked_fill(~pairs, lowest).logsumexp(1, keepdim=True)     # (B, 1)
+    pulls = (log_sum - logits).masked_fill(~positive, 0)                        # (B, N)
+    losses = pulls.sum(1) / positive.sum(1).clamp_min(1)                        # (B,)
+    included = (losses > 0) & positive.any() & negative.any()                   # (B,)
+    return losses.masked_fill(~included, 0).sum() / included.sum().clamp_min(1)
 
 
 def mined_supcon_loss(sim, positive, negative, pos_margin=0.2, neg_margin=0.8, temperature=0.1):
@@ -184,7 +195,7 @@ class CrossBatchMemory(torch.nn.Module):
     """The last `size` embeddings and labels, first in, first out.
 
     `embeddings` (n, dim) and `labels` (n,) are views of the n = len(memory) rows that are filled.
-    `written` counts all rows ever written: a Python number, so that no step waits for a GPU.
+    `written` counts the rows ever written. It is a Python number: no step waits for a GPU to tell.
     """
 
     def __init__(self, dim, size):
@@ -203,13 +214,15 @@ class CrossBatchMemory(torch.nn.Module):
 
     @torch.no_grad()
     def enqueue(self, z, y):
-        """Write z (B, D) and y (B,) over the oldest rows; returns the slots (n,) of the last n."""
+        """Write z (B, D) and y (B,) over the oldest rows. Returns the slots (m,) of the last m rows;
+        m is B, or M if the batch is larger than the memory.
+        """
         check_batch(z, y, self.all_embeddings.shape[1])
-        n = min(len(z), self.size)
+        m = min(len(z), self.size)
         self.written += len(z)
-        slots = torch.arange(self.written - n, self.written, device=z.device) % self.size   # (n,)
-        self.all_embeddings[slots] = z[-n:].to(self.all_embeddings.dtype)                   # (n, D)
-        self.all_labels[slots] = y[-n:].long()                                              # (n,)
+        slots = torch.arange(self.written - m, self.written, device=z.device) % self.size   # (m,)
+        self.all_embeddings[slots] = z[-m:].to(self.all_embeddings.dtype)                   # (m, D)
+        self.all_labels[slots] = y[-m:].long()                                              # (m,)
         return slots
 
     def reset(self):
@@ -226,14 +239,17 @@ class CrossBatchMemory(torch.nn.Module):
 class CrossBatchLoss(torch.nn.Module):
     """A metric-learning loss of a batch against a cross-batch memory.
 
-    method: "none" compares the batch with itself; "xbm" with the memory as stored; "xbm+batch" (the
-        paper's XBM*) with both, and adds the two losses; "xbn", "ema" and "axbn" with the adapted
-        memory.
-    loss: any function of sim (B, N) and two boolean masks (B, N). If it has parameters, they are
-        trained too.
+    method: "none" compares the batch with itself; "xbm" with the memory, not adapted; "xbm+batch"
+        (the paper's XBM*) with both, and adds the two losses; "xbn", "ema" and "axbn" with the
+        adapted memory.
+    loss: any function of sim (B, N) and two boolean masks (B, N). Its parameters, if it has some,
+        are parameters of the criterion. The paper's loss is mined_supcon_loss.
     process_noise, measurement_noise, gain_interval: q, r and how often K is renewed, for "axbn".
-    warmup_steps: for so many first calls every method acts like "none" and stores nothing.
-    In eval mode a batch is compared with the memory as it is, and nothing changes.
+        The paper has the defaults, but an interval of 10 on DeepFashion2.
+    momentum: 1 - K, for "ema"; 0.1 was best in the paper (App. C).
+    warmup_steps: in so many first training calls every method acts like "none" and stores nothing.
+    In eval mode a batch is compared with the memory as it is, and nothing changes. A batch with a
+    NaN has a NaN loss; its rows that hold one are stored as zeros, so that later steps go on.
     """
 
     def __init__(self, dim, size, method="axbn", loss=multi_similarity_loss,
@@ -253,64 +269,68 @@ class CrossBatchLoss(torch.nn.Module):
         self.q, self.r, self.gain_interval = process_noise, measurement_noise, gain_interval
         self.warmup_steps = warmup_steps
         self.memory = CrossBatchMemory(dim, size)
-        self.register_buffer("mean", torch.zeros(dim))                  # (D,) mu^
-        self.register_buffer("std", torch.zeros(dim))                   # (D,) s^, 0: none yet
+        self.register_buffer("mean", torch.zeros(dim))      # (D,) mu^
+        self.register_buffer("std", torch.zeros(dim))       # (D,) s^; 0 means no estimate yet
         self.reset()
 
     def reset(self):
-        """Forget the memory, the estimates and the warm-up."""
+        """Start over: an empty memory, no estimates, the warm-up from its first step."""
         self.memory.reset()
         self.mean.zero_()
         self.std.zero_()
         self.step, self.p, self.K = 0, 1.0, 1.0                         # p0 = 1 (Sec. 5.1)
 
-    @torch.compiler.disable     # torch would compile it anew at every step, since the counts change
+    @torch.compiler.disable     # the counts change with every call: it would be compiled anew
     def forward(self, embeddings, labels):
         """Embeddings (B, D), normalised or not, and integer labels (B,) -> the loss, a scalar."""
         check_batch(embeddings, labels, len(self.mean))
-        with torch.autocast(embeddings.device.type, enabled=False):     # 16 bits would change it
+        with torch.autocast(embeddings.device.type, enabled=False):     # in full precision
             z, y = normalize(embeddings).to(self.mean.dtype), labels.long()         # (B, D), (B,)
-            loss = 0 * z.sum()      # keeps the graph without any pair, and a NaN that masks hide
+            # A zero that depends on z: backward works even without any pair, and a NaN in z reaches
+            # the loss even where the masks leave it out.
+            loss = 0 * z.sum()                                          # ()
             use_memory = self.method != "none" and self.step >= self.warmup_steps
             if self.method == "xbm+batch" or not use_memory:
                 loss = loss + self.compare(z, y, z, y, torch.arange(len(z), device=z.device))
             own = None
             if use_memory and self.training:
-                rows = z.detach().nan_to_num()                          # (B, D) a NaN would stay
+                stored = z.detach().nan_to_num()    # (B, D) a NaN would spoil the moments for good
                 if self.method in ADAPTING and len(z) > 1:              # reading 1
-                    self.adapt(rows)                                    # reading 7: before enqueue
-                own = self.memory.enqueue(rows, y)                      # (n,)
+                    self.adapt(stored)                                  # reading 7: before enqueue
+                own = self.memory.enqueue(stored, y)                    # (m,)
             if use_memory and len(self.memory):
                 reference = normalize(self.memory.embeddings)           # (n, D) reading 3
                 loss = loss + self.compare(z, y, reference, self.memory.labels, own)
-            self.step += self.training
+            if self.training:
+                self.step += 1
             return loss
 
     @torch.no_grad()
     def adapt(self, z):
-        """Algorithm 1 for the batch z (B, D): follow its moments, and match the memory to them."""
+        """Algorithm 1 for the batch z (B, D): move the estimates, and match the memory to them."""
+        batch_mean, batch_std = moments(z)                              # (D,), (D,) E[B], s[B]
         if self.method == "xbn":
             self.K = 1.0
         elif self.method == "ema":
             self.K = 1 - self.momentum                                              # App. C
-        elif (self.step - self.warmup_steps) % self.gain_interval == 0:     # lines 1-3, reading 5
-            self.p, self.K = kalman_gain(self.p, self.q, self.r / len(z))   # r / |B|: Sec. 3.2.1
-        batch_mean, batch_std = moments(z)                              # (D,), (D,) E[B], s[B]
-        K = torch.full_like(self.std, self.K).masked_fill(self.std == 0, 1)         # reading 2
+        elif (self.step - self.warmup_steps) % self.gain_interval == 0:             # reading 5
+            self.p, self.K = kalman_gain(self.p, self.q, self.r / len(z))   # lines 1-3, Sec. 3.2.1
+        K = torch.full_like(self.std, self.K).masked_fill(self.std == 0, 1)     # reading 2
         self.mean.lerp_(batch_mean, K)                          # line 4: mu^ + K (E[B] - mu^)
-        self.std.lerp_(torch.where(batch_std > 0, batch_std, self.std), K)          # line 5
-        std = self.std.masked_fill(batch_std == 0, 0)                   # (D,) reading 1
-        # Lines 6-9. The adapted rows stay in store: one step behind, not many (Sec. 3.1).
-        memory = self.memory.embeddings                                 # (n, D) a view
-        memory.copy_(match_moments(memory, self.mean, std))
+        self.std.lerp_(torch.where(batch_std > 0, batch_std, self.std), K)      # line 5 (reading 1)
+        std = self.std.masked_fill(batch_std == 0, 0)           # (D,) 0: only shift (reading 1)
+        # Lines 6-9. The adapted rows stay in the memory, so the next step has one step of drift to
+        # correct, not many (Sec. 3.1).
+        self.memory.embeddings.copy_(match_moments(self.memory.embeddings, self.mean, std))
 
     def compare(self, z, y, reference, reference_y, own):
-        """Loss of anchors z (B, D) against references (N, D); own as `pair_masks` takes it."""
+        """The loss of anchors z (B, D) against references (N, D); own: see `pair_masks`."""
         sim = z @ reference.T                                           # (B, N)
         return self.loss(sim, *pair_masks(y, reference_y, own))
 
     def get_extra_state(self):
-        # Exact, and seen as integers, since Apple's GPUs hold no 64-bit floats.
+        # float64 keeps p and K exact. Its bits travel as int64, since a state may be loaded to an
+        # Apple GPU, which has no float64.
         return torch.tensor([self.step, self.p, self.K], dtype=torch.float64).view(torch.int64)
 
     def set_extra_state(self, state):
