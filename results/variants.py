@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Trainings with another adaptation in the place of the paper's; all other flags are train.py's.
+"""Trainings that keep the memory fresh in another way than the paper's.
 
-    python results/variants.py moments MEAN STD --batch-size 16 --out runs/variant
-        a rule of its own for the mean and for the deviation. A rule is a constant gain from 0 to 1; "off":
-        the memory keeps its own; "measured": a Kalman filter whose noises are found from the data; for the
-        deviation also "classes": the batch's, corrected for the few classes that it consists of.
-    python results/variants.py fresh --every 1 --bn frozen --memory-ratio 0.1 --out runs/fresh
-        the bound: every so many steps the stored images, with the augmentation that they had, are embedded
-        anew by the network as it is. That costs a memory's forward passes a step, and the checkpoint holds
-        the pixels. One process; batch norm must be frozen, or the passes would move its statistics.
+    python results/variants.py moments MEAN STD --batch-size 16 --out runs/moments
+        The mean and the deviation each follow a rule of their own: a constant gain from 0 to 1;
+        "off", the memory keeps its own; "measured", a Kalman filter that finds its noises in the
+        data; and for the deviation "classes", the batch's, corrected for its few classes.
+    python results/variants.py fresh --every 1 --memory-ratio 0.1 --out runs/fresh
+        The bound: every so many steps the network embeds all stored images again. That costs a
+        memory's forward passes.
+    python results/variants.py drift --rows random --k 16 --scale yes --out runs/drift
+        The memory moves by the drift of images that the network embeds again: those of the batch
+        before, or k random ones, which also take their fresh embeddings. --scale no: shifted alone.
+
+All other flags are train.py's. `fresh` and `drift` keep the stored images, augmented as they were,
+on the device and in the checkpoint. Batch norm works on the images that are embedded together, as
+in training.
 """
 import argparse
 import os
@@ -18,131 +24,208 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))         # the scripts are one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the scripts are one folder up
 import acbn  # noqa: E402
+import data  # noqa: E402
 import train  # noqa: E402
 
 
-class Variant(acbn.CrossBatchLoss):
+# ------------------------------------------------- moments
+
+class Moments(acbn.CrossBatchLoss):
     """An adapting method whose mean and deviation each have a rule of their own."""
 
-    def __init__(self, rules, *args):
+    def __init__(self, *args, mean, std):
         super().__init__(*args)
-        self.rules = rules                                                      # (of mean, of deviation)
-        self.register_buffer("filters", torch.tensor([[1.0, 0.0, 0.0]] * 2))    # (2, 3) p, S, r of each
+        self.rules = mean, std
+        self.register_buffer("filters", torch.tensor([[1.0, 0, 0]] * 2))    # (2, 3) p, S, r of each
 
-    def forward(self, z, y):
-        self.y = y
-        return super().forward(z, y)
+    def forward(self, embeddings, labels):
+        self.y = labels
+        return super().forward(embeddings, labels)
 
     @torch.no_grad()
     def adapt(self, z):
         (mean, std), noises, corrected = moments_of_classes(z, self.y)
-        stored, started, target = self.memory.embeddings, bool(self.std.any()), []
-        own = acbn.moments(stored) if len(stored) > 1 else (mean, std)
-        measured = mean, corrected if self.rules[1] == "classes" else std
+        measured = mean, corrected if self.rules[1] == "classes" else std   # (D,), (D,)
+        started, target, gains = bool(self.std.any()), [], []
+        own = acbn.moments(self.memory.embeddings)                          # (D,), (D,)
         for k, (rule, estimate) in enumerate(zip(self.rules, (self.mean, self.std))):
-            gain = {"off": 0.0, "classes": 1.0}.get(rule, rule)
             if not started:
                 estimate.copy_(measured[k])
+            gain = {"off": 0.0, "classes": 1.0}.get(rule, rule)
             if rule == "measured":
-                gain = measured_gain(self.filters[k], (measured[k] - estimate).square().mean(), noises[k])
+                innovation = (measured[k] - estimate).square().mean()       # ()
+                gain = measured_gain(self.filters[k], innovation, noises[k])
             estimate.lerp_(measured[k], gain)
             target.append(own[k] if rule == "off" else estimate)
-            self.K.fill_(gain if k == 0 else self.K.item())
-        if len(stored) > 1:
-            stored.copy_(acbn.match_moments(stored, *target))
+            gains.append(gain)
+        self.K = gains[0]                                                   # the log's gain
+        self.memory.embeddings.copy_(acbn.match_moments(self.memory.embeddings, *target))
 
 
 def moments_of_classes(z, y):
-    """Of a batch z (B, D) of P classes y (B,) drawn at random, since one class's images hang together:
-    (mean, std), the variances of their errors as estimates of the data set's by the jackknife over classes,
-    averaged over D, and the std that has no bias from P being small. ((D,), (D,)), ((), ()), (D,).
+    """Of a batch z (B, D) of P classes y (B,) drawn at random: its moments; the variances of their
+    errors as estimates of the data set's; and a deviation without the bias of so few classes.
+
+    The variances are the jackknife's over classes, since images of one class hang together, and
+    averaged over D. Returns ((D,), (D,)), ((), ()), (D,).
     """
-    classes = y.unique()                                                                        # (P,)
-    without = [acbn.moments(z[y != c]) for c in classes]
-    noises = [((len(classes) - 1) ** 2 / len(classes) * torch.stack(m).var(0)).mean() for m in zip(*without)]
-    centres = torch.stack([z[y == c].mean(0) for c in classes])                                 # (P, D)
-    within = torch.stack([z[y == c].var(0, correction=0) for c in classes]).mean(0)             # (D,)
+    classes = y.unique()                                                                # (P,)
+    P = len(classes)
+    without = [acbn.moments(z[y != c]) for c in classes]                        # P x ((D,), (D,))
+    noises = [((P - 1) ** 2 / P * torch.stack(m).var(0)).mean() for m in zip(*without)]
+    centres = torch.stack([z[y == c].mean(0) for c in classes])                         # (P, D)
+    within = torch.stack([z[y == c].var(0, correction=0) for c in classes]).mean(0)     # (D,)
     return acbn.moments(z), noises, (within + centres.var(0)).sqrt()
 
 
 def measured_gain(state, innovation, r, rate=0.02):
-    """Innovation matching (Mehra 1972): S, the running mean of squared innovations, should be p + q + r. So
-    q = max(S - r - p, 0); then Algorithm 1, lines 1-3. state (3,): p, S, r; written.
+    """The gain of a Kalman filter whose process noise is matched to its innovations (Mehra 1972).
+
+    S, the running mean of squared innovations, should be p + q + r, so q = max(S - r - p, 0). Then
+    Algorithm 1, lines 1-3. state (3,): p, S and the running mean of r; written.
     """
     p, S, noise = state.tolist()
-    S, noise = (S + rate * (innovation - S), noise + rate * (r - noise)) if noise else (innovation, r)
-    S, noise = float(S), float(noise)
+    started = noise > 0
+    S = S + rate * (float(innovation) - S) if started else float(innovation)
+    noise = noise + rate * (float(r) - noise) if started else float(r)
     p, K = acbn.kalman_gain(p, max(S - noise - p, 0), noise)
     state.copy_(torch.tensor([p, S, noise]))
     return K
 
 
-class Fresh(acbn.CrossBatchLoss):
-    """The memory holds what the present network makes of its images: the rows are embedded anew every
-    `every` steps, from their pixels in a ring beside the memory.
-    """
-    model, side = None, 0       # set by `watched`: the network, whose last input stands in model.seen
+# ------------------------------------------------- the images of the rows, embedded again
 
-    def __init__(self, every, *args):
+class WithImages(acbn.CrossBatchLoss):
+    """A memory beside which the images of its rows are kept, so that they can be embedded again."""
+
+    model = args = None         # set by `watched`: the network, and train.py's flags
+
+    def __init__(self, *args):
         super().__init__(*args)
-        shape, self.every = (self.memory.size, 3, self.side, self.side), every
-        self.register_buffer("pixels", torch.zeros(shape, dtype=torch.uint8))       # (M, 3, S, S) saved too
+        side = self.args.image_size
+        self.register_buffer("pixels", torch.zeros(self.memory.size, 3, side, side,
+                                                   dtype=torch.uint8))              # (M, 3, S, S)
 
-    @torch.no_grad()
     def adapt(self, z):
-        x, memory = self.model.seen, self.memory                        # (B, 3, S, S)
+        x, memory = self.model.seen, self.memory                                    # (B, 3, S, S)
+        if len(memory):
+            self.move(len(x))
+        new = torch.arange(memory.written, memory.written + len(x))
+        self.pixels[new % memory.size] = x              # the slots that this batch's rows will take
+
+    def embed(self, slots):
+        """Embeddings (n, D) of the rows in these slots (n,) by the network as it is now.
+
+        This pass runs between a forward and its backward, when nothing may write to batch norm's
+        buffers, not even to restore them (`train.without_trace`). So it works on copies of them.
+        """
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        amp = train.autocast(self.args.device, self.args.amp)
+        with torch.no_grad(), torch.random.fork_rng(), amp:             # fork_rng: for dropout
+            z = torch.func.functional_call(self.model, buffers, (self.pixels[slots],))      # (n, D)
+        return acbn.normalize(z.float())
+
+
+class Fresh(WithImages):
+    """Every so many steps all rows are embedded again."""
+
+    def __init__(self, *args, every):
+        super().__init__(*args)
+        self.every = every
+
+    def move(self, B):
         if (self.step - self.warmup_steps) % self.every == 0:
-            with torch.random.fork_rng():
-                for rows in torch.arange(len(memory)).split(len(x)):
-                    memory.all_embeddings[rows] = acbn.normalize(self.model(self.pixels[rows]).float())
-        new = torch.arange(len(x), device=x.device)
-        self.pixels[(memory.written + new) % memory.size] = x           # where this batch's rows will stand
+            for slots in torch.arange(len(self.memory)).split(B):                   # (B,)
+                self.memory.embeddings[slots] = self.embed(slots)
+
+
+class Drift(WithImages):
+    """All rows move as the rows of some images did between their storing and now: z' = A z + b."""
+
+    def __init__(self, *args, rows, k, scale):
+        super().__init__(*args)
+        self.random, self.k, self.scale = rows == "random", k, scale == "yes"
+
+    def move(self, B):
+        memory = self.memory
+        if self.random:
+            # Drawn from a seed that the step gives, so that a resumed run draws the same.
+            g = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.step)
+            slots = torch.randperm(len(memory), generator=g)[:self.k]               # (k,)
+        else:
+            slots = torch.arange(memory.written - B, memory.written) % memory.size  # (B,)
+        before, now = memory.embeddings[slots], self.embed(slots)       # (n, D) as stored, fresh
+        memory.embeddings.copy_(moved(memory.embeddings, before, now, self.scale))
+        if self.random:
+            memory.embeddings[slots] = now
+
+
+def moved(memory, before, now, scale):
+    """The memory (M, D), moved as the moments of some images moved, before and now (n, D): (M, D).
+
+    scale: also scaled, but where one of the two deviations is 0.
+    """
+    (mean, std), (now_mean, now_std) = acbn.moments(before), acbn.moments(now)      # (D,) each
+    constant = (std == 0) | (now_std == 0)                                          # (D,)
+    A = now_std.masked_fill(constant, 1) / std.masked_fill(constant, 1) if scale else 1.0   # (D,)
+    return A * memory + (now_mean - A * mean)
 
 
 def watched(make_model, args):
-    """The model, remembering the images that it was given last."""
+    """The model, which remembers the images that it was given last."""
     model = make_model(args)
     model.register_forward_pre_hook(lambda module, inputs: setattr(module, "seen", inputs[0]))
-    Fresh.model, Fresh.side = model, args.image_size
+    WithImages.model, WithImages.args = model, args
     return model
 
 
+# ------------------------------------------------- python results/variants.py
+
+KINDS = {"moments": Moments, "fresh": Fresh, "drift": Drift}
+
+
 def rule(*names):
+    """An argparse type: one of the names, or a gain."""
     def rule(text):
-        if text not in names and not 0 <= float(text) <= 1:
-            raise argparse.ArgumentTypeError(f"must be a gain from 0 to 1 or one of {names}, got {text}")
-        return text if text in names else float(text)
+        if text in names:
+            return text
+        if not 0 <= float(text) <= 1:
+            raise argparse.ArgumentTypeError(f"must be from 0 to 1 or one of {names}, got {text}")
+        return float(text)
     return rule
 
 
 def parse_args(argv=None):
+    """(train.py's flags, with the variant among them, and what makes its criterion)."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    moments = kinds.add_parser("moments", allow_abbrev=False)
-    moments.add_argument("mean", type=rule("off", "measured"))
-    moments.add_argument("std", type=rule("off", "measured", "classes"))
-    fresh = kinds.add_parser("fresh", allow_abbrev=False)
-    fresh.add_argument("--every", type=train.data.number(int, 1), default=1, help="steps (1)")
-    args, args.flags = parser.parse_known_args(argv)
-    given = train.parse_args(args.flags)        # refuses wrong flags
-    if args.kind == "fresh" and given.bn != "frozen":
-        parser.error("fresh needs --bn frozen: embedding anew would move batch norm's statistics")
-    if args.kind == "fresh" and (given.fill_memory or int(os.environ.get("WORLD_SIZE", 1)) > 1):
-        parser.error("fresh keeps the pixels of its own steps alone: one process, and no --fill-memory")
-    return args
+    add = {kind: kinds.add_parser(kind, allow_abbrev=False).add_argument for kind in KINDS}
+    add["moments"]("mean", type=rule("off", "measured"))
+    add["moments"]("std", type=rule("off", "measured", "classes"))
+    add["fresh"]("--every", type=data.number(int, 1), default=1, help="steps (1)")
+    add["drift"]("--rows", choices=("batch", "random"), required=True)
+    add["drift"]("--k", type=data.number(int, 1), default=16, help="random rows a step (16)")
+    add["drift"]("--scale", choices=("yes", "no"), required=True)
+    given, flags = parser.parse_known_args(argv)
+    args = train.parse_args([*flags, "--method", "xbn"])
+    if given.kind != "moments" and (args.fill_memory or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        parser.error(f"{given.kind} knows the images of its own steps alone: it takes one process, "
+                     "and no --fill-memory")
+    args.variant = vars(given)          # in the log; a run is not resumed as another variant
+    options = {name: value for name, value in vars(given).items() if name != "kind"}
+    return args, partial(KINDS[given.kind], **options)
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    if args.kind == "moments":
-        acbn.CrossBatchLoss = partial(Variant, (args.mean, args.std))
-    else:
-        acbn.CrossBatchLoss = partial(Fresh, args.every)
-        train.make_model = partial(watched, train.make_model)
-    return train.main(["--method", "xbn", *args.flags])
+    args, acbn.CrossBatchLoss = parse_args(argv)
+    train.make_model = partial(watched, train.make_model)
+    try:
+        return train.train(args)
+    except (data.UserError, OSError) as error:
+        sys.exit(f"variants.py: {data.sentence(error)}")
 
 
 if __name__ == "__main__":
