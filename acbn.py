@@ -66,7 +66,7 @@ def moments(z):
     """
     mean = z.mean(0)                                                            # (D,)
     std = ((z - mean).square().sum(0) / max(len(z) - 1, 1)).sqrt()              # (D,) reading 1
-    rounding = 16 * torch.finfo(z.dtype).eps * mean.abs()                       # (D,)
+    rounding = 16 * torch.finfo(z.dtype).eps * mean.abs()       # (D,) up to a million rows
     return mean, std.masked_fill(std <= rounding, 0)
 
 
@@ -102,7 +102,7 @@ def pair_masks(y, reference_y, own=None):
     holds its own copy. Such a pair is neither positive nor negative.
     """
     positive = y[:, None] == reference_y                            # (B, N) True: same class
-    negative = ~positive                                            # (B, N) True: another class
+    negative = ~positive                # (B, N) True: another class; before own copies leave
     if own is not None:
         positive[len(y) - len(own):].scatter_(1, own[:, None], False)           # reading 8
     return positive, negative
@@ -214,7 +214,7 @@ class CrossBatchMemory(torch.nn.Module):
 
     @torch.no_grad()
     def enqueue(self, z, y):
-        """Write z (B, D) and y (B,) over the oldest rows. Returns the slots (m,) of the last m rows;
+        """Write z (B, D), y (B,) over the oldest rows. Returns the slots (m,) of the last m rows;
         m is B, or M if the batch is larger than the memory.
         """
         check_batch(z, y, self.all_embeddings.shape[1])
@@ -243,13 +243,14 @@ class CrossBatchLoss(torch.nn.Module):
         (the paper's XBM*) with both, and adds the two losses; "xbn", "ema" and "axbn" with the
         adapted memory.
     loss: any function of sim (B, N) and two boolean masks (B, N). Its parameters, if it has some,
-        are parameters of the criterion. The paper's loss is mined_supcon_loss.
+        are parameters of the criterion. The default is MS; the paper's loss is mined_supcon_loss.
     process_noise, measurement_noise, gain_interval: q, r and how often K is renewed, for "axbn".
         The paper has the defaults, but an interval of 10 on DeepFashion2.
-    momentum: 1 - K, for "ema"; 0.1 was best in the paper (App. C).
+    momentum: 1 - K, for "ema"; the paper's best of 0.1 to 0.9 was 0.1 (App. C).
     warmup_steps: in so many first training calls every method acts like "none" and stores nothing.
-    In eval mode a batch is compared with the memory as it is, and nothing changes. A batch with a
-    NaN has a NaN loss; its rows that hold one are stored as zeros, so that later steps go on.
+    In eval mode a batch is compared with the same references as in training, but the memory stays
+    as it is and the batch stays outside. A batch with a NaN has a NaN loss; its rows that hold one
+    count as zeros in the memory and the moments, so that later steps go on.
     """
 
     def __init__(self, dim, size, method="axbn", loss=multi_similarity_loss,
@@ -315,12 +316,16 @@ class CrossBatchLoss(torch.nn.Module):
             self.K = 1 - self.momentum                                              # App. C
         elif (self.step - self.warmup_steps) % self.gain_interval == 0:             # reading 5
             self.p, self.K = kalman_gain(self.p, self.q, self.r / len(z))   # lines 1-3, Sec. 3.2.1
-        K = torch.full_like(self.std, self.K).masked_fill(self.std == 0, 1)     # reading 2
-        self.mean.lerp_(batch_mean, K)                          # line 4: mu^ + K (E[B] - mu^)
-        self.std.lerp_(torch.where(batch_std > 0, batch_std, self.std), K)      # line 5 (reading 1)
-        std = self.std.masked_fill(batch_std == 0, 0)           # (D,) 0: only shift (reading 1)
+        # (D,) K, or 1 in a dimension without an estimate: it takes the batch's moments (reading 2).
+        gain = torch.full_like(self.std, self.K).masked_fill(self.std == 0, 1)
+        # A dimension that is constant in the batch keeps its deviation, in the estimate and in the
+        # memory: there match_moments sees a 0, and only shifts (reading 1).
+        constant = batch_std == 0                               # (D,)
+        self.mean.lerp_(batch_mean, gain)                       # line 4: mu^ + K (E[B] - mu^)
+        self.std.lerp_(torch.where(constant, self.std, batch_std), gain)            # line 5
+        std = self.std.masked_fill(constant, 0)                 # (D,)
         # Lines 6-9. The adapted rows stay in the memory, so the next step has one step of drift to
-        # correct, not many (Sec. 3.1).
+        # correct, not many (Sec. 3.1). An empty memory stays empty.
         self.memory.embeddings.copy_(match_moments(self.memory.embeddings, self.mean, std))
 
     def compare(self, z, y, reference, reference_y, own):

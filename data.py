@@ -723,4 +723,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")       # a terminal that lacks a sign is no error
     main()

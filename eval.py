@@ -10,10 +10,12 @@ an image of another class is as near as the right one, it counts as nearer. A qu
 a miss.
 """
 import argparse
+import importlib
 import json
+import os
 import re
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,8 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 import data
 from acbn import normalize
@@ -117,19 +121,51 @@ def torchvision_backbone(name):
     return backbone, width
 
 
+def own_backbone(name, size):
+    """(the network that MODULE:FUNCTION returns, width of its features of images (B, 3, size, size))."""
+    module, _, function = name.partition(":")
+    sys.path.append(os.getcwd())
+    try:
+        backbone = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise data.UserError(f"--backbone {name}: {error}") from None
+    with torch.no_grad():
+        features = backbone.eval()(torch.zeros(2, 3, size, size))
+    if getattr(features, "ndim", 0) != 2:
+        raise data.UserError(f"--backbone {name}: expected features (B, width), got "
+                             f"{tuple(getattr(features, 'shape', [type(features).__name__]))}")
+    return backbone, features.shape[1]
+
+
+@contextmanager
+def kept_buffers(model):
+    """Afterwards buffers, such as batch norm's statistics, are as they were before."""
+    saved = [buffer.clone() for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(model.buffers(), saved):
+                buffer.copy_(value)
+
+
 class Encoder(nn.Module):
     """Images (B, 3, S, S) uint8 -> embeddings (B, D), not normalised: backbone, then one linear `head`.
 
-    frozen_bn: batch norm keeps its stored statistics while the network trains.
+    frozen_bn: batch norm keeps its stored statistics while the network trains. chunk: the activations
+    of at most so many images are kept; the others are computed anew on the way back (GradCache,
+    arXiv 2101.06983). 0: all are kept.
     """
 
-    def __init__(self, backbone, dim, frozen_bn=False):
+    def __init__(self, backbone, dim, frozen_bn=False, chunk=0, image_size=224):
         super().__init__()
         if backbone in ("conv4", "conv4-nobn"):
             self.backbone, width = conv4(batch_norm=backbone == "conv4"), 256
+        elif ":" in backbone:
+            self.backbone, width = own_backbone(backbone, image_size)
         else:
             self.backbone, width = torchvision_backbone(backbone)
-        self.head, self.frozen_bn = nn.Linear(width, dim), frozen_bn
+        self.head, self.frozen_bn, self.chunk = nn.Linear(width, dim), frozen_bn, chunk
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         self.register_buffer("mean", 255 * mean[:, None, None], persistent=False)
         self.register_buffer("std", 255 * std[:, None, None], persistent=False)
@@ -137,12 +173,18 @@ class Encoder(nn.Module):
     def train(self, mode=True):
         super().train(mode)
         for layer in self.modules():
-            if self.frozen_bn and isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            if self.frozen_bn and isinstance(layer, _BatchNorm):
                 layer.eval()
         return self
 
     def features(self, x):
-        return self.backbone((x - self.mean) / self.std)
+        parts = x.split(self.chunk) if self.chunk else [x]
+        if len(parts) == 1:
+            return self.backbone((x - self.mean) / self.std)
+        # Computed anew on the way back, from the same random numbers; batch norm's statistics, which
+        # are a chunk's, move the first time only.
+        return torch.cat([checkpoint(self.features, part, use_reentrant=False, context_fn=lambda: (
+            nullcontext(), kept_buffers(self))) for part in parts])
 
     def forward(self, x):
         return self.head(self.features(x))
@@ -168,7 +210,7 @@ def load_weights(encoder, backbone, weights):
             state = state[name] if isinstance(state, dict) and name in state else state
         if not isinstance(state, dict):
             raise data.UserError(f"{weights}: not a state_dict but a {type(state).__name__}")
-    prefix = re.compile(r"^((module|backbone)\.)+")
+    prefix = re.compile(r"^((module|backbone|model|_orig_mod)\.)+")
     state = {prefix.sub("", str(name)): value for name, value in state.items()}
     lacks, _ = encoder.backbone.load_state_dict(state, strict=False)        # other shapes raise
     lacks = [name for name in lacks if not name.endswith("num_batches_tracked")]    # older files do
@@ -196,7 +238,8 @@ def rebuild(path):
     """The trained encoder of a checkpoint, in evaluation mode, and the checkpoint's content."""
     state = load_checkpoint(path)
     settings = state["settings"]
-    model = Encoder(settings["backbone"], settings["dim"], settings["bn"] == "frozen")
+    model = Encoder(settings["backbone"], settings["dim"], settings["bn"] == "frozen",
+                    settings["chunk"], settings["image_size"])
     model.load_state_dict(state["model"])
     return model.eval(), state
 
@@ -288,16 +331,25 @@ def usable_device(name, parser):
         parser.error(f"--device {name} cannot be used ({str(error).splitlines()[0]}); --device cpu can")
 
 
+def default_workers(device):
+    """One process a core for a GPU, at most 16; on a CPU the network's own threads use every core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return 0 if device == "cpu" else min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Scores of a checkpoint.")
     add = parser.add_argument
     add("file", type=Path, help="checkpoint.pt or best.pt of a run, or embeddings in an .npz file")
     data.add_flags(add)         # default: as in training
-    add("--workers", type=data.number(int, 0), default=0, help="processes that read images (0)")
+    add("--workers", type=data.number(int, 0),
+        help="processes that read images (GPU: one a core, up to 16; CPU: 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--save", type=Path, metavar="FILE.npz", help="write embeddings, labels and names there")
     args = parser.parse_args(argv)
     usable_device(args.device, parser)
+    if args.workers is None:
+        args.workers = default_workers(args.device)
     if args.save and (args.save.suffix != ".npz" or not args.save.absolute().parent.is_dir()):
         parser.error(f"--save {args.save}: expected a name that ends in .npz, in a folder that exists")
     return args
@@ -345,4 +397,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")       # a terminal that lacks a sign is no error
     main()

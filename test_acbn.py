@@ -8,6 +8,7 @@ import collections
 import contextlib
 import copy
 import doctest
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -137,7 +138,7 @@ def test_functions_that_are_read_are_those_that_train(name, method, monkeypatch)
         run(CrossBatchLoss(5, 20, method), 2)
 
 
-# ---------------------------------------------------------------- moments, Eqs. 6 to 12 and 23
+# ------------------------------------------------- moments, Eqs. 6 to 12 and 23
 
 def test_eq6_moments_and_matching_equal_a_float64_loop():
     z, target = rows(50, 7).numpy(), rows(9, 7, seed=1).numpy()
@@ -198,7 +199,7 @@ def test_eq6_one_row_has_no_deviation_and_is_shifted():
     torch.testing.assert_close(acbn.match_moments(z, mean, std)[0], mean)
 
 
-# ---------------------------------------------------------------- the filter, Eqs. 18-22 and Algorithm 1
+# ------------------------------------------------- the filter, Eqs. 18-22 and Algorithm 1
 
 @pytest.mark.parametrize("q, r", [(1.0, 0.01 / 64), (1e-3, 0.03), (0.0, 0.1), (3e7, 2e-9), (0.5, 0.0)])
 def test_alg1_lines_1_to_3_equal_a_float_loop_and_reach_the_fixed_point(q, r):
@@ -281,7 +282,7 @@ def test_eq23_without_measurement_noise_or_momentum_is_xbn_to_the_last_bit(other
     assert torch.equal(xbn.memory.embeddings, same.memory.embeddings)
 
 
-# ---------------------------------------------------------------- the losses
+# ------------------------------------------------- the losses
 
 def ms_twin(sim, positive, negative, alpha=2.0, beta=50.0, base=0.5, margin=0.1):
     total = 0.0
@@ -439,7 +440,7 @@ def test_pair_masks_equal_loops():
         assert negative[i, j] == (not same)
 
 
-# ---------------------------------------------------------------- the memory
+# ------------------------------------------------- the memory
 
 def test_memory_label_zero_in_the_last_slot_does_not_empty_it():
     memory = CrossBatchMemory(2, 4)
@@ -561,7 +562,7 @@ def test_memory_and_loss_refuse_what_does_not_fit():
             CrossBatchLoss(4, 8, **wrong)
 
 
-# ---------------------------------------------------------------- the loss against the memory: derivatives
+# ------------------------------------------------- the loss against the memory: derivatives
 
 @pytest.mark.parametrize("method", METHODS)
 def test_memory_of_exactly_one_batch_gives_the_value_of_none(method):
@@ -643,7 +644,7 @@ def test_ranks_hold_the_same_memory_and_the_gradient_is_not_off_by_the_world_siz
             assert torch.equal(criterion.memory.embeddings, one.memory.embeddings)
 
 
-# ---------------------------------------------------------------- the loss against the memory: state
+# ------------------------------------------------- the loss against the memory: state
 
 @pytest.mark.parametrize("bad", [(3,), (0, 1, 2, 4, 5, 6, 7), range(8)], ids=len)
 @pytest.mark.parametrize("when", [0, 1, 4])         # the first batch, the memory filling, full and wrapping
@@ -779,7 +780,7 @@ def test_memory_warms_up_and_resets():
         assert len(criterion.memory) == 0 and not criterion.std.any() and criterion.K == criterion.p == 1
 
 
-# ---------------------------------------------------------------- the loss against the memory: precision
+# ------------------------------------------------- the loss against the memory: precision
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -825,12 +826,18 @@ def test_the_host_never_waits_and_no_device_is_mixed(method, loss, monkeypatch):
 
 
 class OneDevice(TorchDispatchMode):
-    """Fails where an operation takes tensors of two devices, or where the host reads one."""
+    """Fails where an operation takes tensors of two devices; keeps what the host reads, and answers it."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         assert len({t.device.type for t in leaves if isinstance(t, torch.Tensor)}) < 2, func
-        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal"), func
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal"):
+            self.read.append(args[0])
+            return True if args[0].dtype == torch.bool else 1
         return func(*args, **(kwargs or {}))
 
 
@@ -842,10 +849,11 @@ def test_fake_cuda_tensors_meet_no_cpu_tensor_and_are_never_read(method, loss):
         with torch.device("cuda"):
             criterion = CrossBatchLoss(5, 20, method, loss() if loss is Tempered else loss, warmup_steps=1)
         z, y = torch.randn(8, 5, device="cuda"), torch.randint(4, (8,), device="cuda")
-        with OneDevice():
+        with OneDevice() as seen:
             for mode in (criterion.train, criterion.train, criterion.train, criterion.eval):
                 mode()
                 assert criterion(z, y).device.type == "cuda"
+        assert not seen.read
         with OneDevice(), pytest.raises(AssertionError, match="copy_|index_put|fill"):
             torch.zeros(8, 9, dtype=torch.bool, device="cuda")[y, y] = False    # such a scalar
 
@@ -879,7 +887,7 @@ def test_the_host_never_waits_for_a_gpu(method):
         torch.cuda.set_sync_debug_mode("default")
 
 
-# ---------------------------------------------------------------- any memory, any batch
+# ------------------------------------------------- any memory, any batch
 
 @pytest.mark.parametrize("seed", range(24))
 def test_properties_of_any_memory_and_loss(seed):
@@ -903,7 +911,7 @@ def test_properties_of_any_memory_and_loss(seed):
             assert oldest_first(plain.memory, plain.memory.labels).tolist() == list(queue)
 
 
-# ---------------------------------------------------------------- acbn.py as a text
+# ------------------------------------------------- acbn.py as a text
 
 def test_docstring_usage_runs():
     assert doctest.testmod(acbn).attempted > 3 and doctest.testmod(acbn).failed == 0
@@ -930,7 +938,7 @@ def test_every_reading_is_cited_where_it_is_taken():
     assert "(reading 4)" in inspect.getdoc(acbn.pair_margin)
 
 
-# ---------------------------------------------------------------- peers
+# ------------------------------------------------- peers
 
 def test_losses_equal_pytorch_metric_learning():
     pytest.importorskip("pytorch_metric_learning")
@@ -958,15 +966,7 @@ def test_losses_equal_pytorch_metric_learning():
                                rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", ["ms", "supcon"])
-@pytest.mark.parametrize("method", ["none", "xbm"])
-def test_training_equals_pytorch_metric_learning_step_by_step(method, loss):
-    pytest.importorskip("pytorch_metric_learning")
-    difference, losses = results_script("bench").twin_differences(method, loss)
-    assert difference.max() < 1e-5 and losses[-20:].mean() < 0.9 * losses[:20].mean()
-
-
-# ---------------------------------------------------------------- small runs of the scripts, for many tests
+# ------------------------------------------------- small runs of the scripts, for many tests
 
 TINY = ("--classes 24 --max-images 4 --image-size 16 --batch-size 16 --epochs 2 --warmup-steps 3 --dim 16 "
         "--lr 1e-3 --device cpu --workers 0").split()
@@ -993,7 +993,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-# ---------------------------------------------------------------- data sets
+# ------------------------------------------------- data sets
 
 def make_sop(root, train=(3, 4, 2), test=(4, 3, 1), edit=lambda text: text):
     """A replica of Stanford Online Products with so many images of each class, odd files among them."""
@@ -1512,7 +1512,7 @@ def test_missing_data_are_told_with_the_place_to_get_them(tmp_path):
         data.download("sop", tmp_path)
 
 
-# ---------------------------------------------------------------- Recall@K and MAP@R
+# ------------------------------------------------- Recall@K and MAP@R
 
 def brute_force(z, y, ks, gallery=None, gallery_y=None):
     z, itself = np.asarray(z, np.float64), gallery is None
@@ -1619,7 +1619,31 @@ def test_nothing_in_training_or_evaluation_makes_64_bit_floats(tmp_path, method)
         evaluation.main([str(tmp_path / "best.pt"), "--device", "cpu"])
 
 
-# ---------------------------------------------------------------- the model and its weights
+def test_a_training_step_and_the_scores_mix_no_devices_and_read_only_the_scores(monkeypatch):
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model = evaluation.Encoder("resnet18", 8, chunk=6)
+            pairs, seen = torch.zeros(2), torch.zeros(4, 3)
+            criterion = CrossBatchLoss(8, 40, "axbn", train.counting(*train.LOSSES["supcon"], pairs))
+        batch = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8), torch.randint(4, (16,))
+        batch = [t.to("cuda", non_blocking=True) for t in batch]            # the transfer, as in train.py
+        with OneDevice() as mode:
+            for step in range(3):
+                x, y = batch
+                z = train.gather(model(x).float())
+                loss = criterion(z, train.gather(y))
+                seen[:, step] = torch.stack([loss.detach(), z.detach().norm(), *pairs])
+            assert not mode.read
+            searched = ((8, *t.shape[1:]) for t in (z, y))
+            query = torch.randn(*next(searched), device="cuda"), y[:8]
+            for p, n in evaluation.search(*query):
+                rank, precision = evaluation.first_rank(p, n), evaluation.average_precision(p, n)
+                assert rank.device.type == precision.device.type == "cuda"
+            assert [t.dtype for t in mode.read] == [torch.bool] * 2 + [torch.int64]
+            # is all finite, in queries and gallery? how many positives at most?
+
+
+# ------------------------------------------------- the model and its weights
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "efficientnet_b0", "swin_t", "vgg11"])
 def test_encoder_has_no_classifier_and_no_dropout_of_one(backbone):
@@ -1638,6 +1662,69 @@ def test_encoder_with_frozen_batch_norm_keeps_its_statistics():
         assert frozen == all(torch.equal(after[name], v) for name, v in before.items())
 
 
+def gradients(model, x, weight, state):
+    torch.set_rng_state(state)
+    z = model(x)
+    return z.detach(), *torch.autograd.grad((z * weight).sum(), [*model.parameters()])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("backbone", ["resnet18", "conv4"])
+def test_chunks_with_frozen_batch_norm_give_the_step_of_the_whole_batch(backbone, dtype, tolerance):
+    torch.manual_seed(0)
+    model = evaluation.Encoder(backbone, 8, frozen_bn=True, image_size=32).to(dtype).train()
+    x, weight = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8), torch.randn(10, 8, dtype=dtype)
+    whole = gradients(model, x, weight, torch.get_rng_state())
+    model.chunk = 4
+    for a, b in zip(whole, gradients(model, x, weight, torch.get_rng_state())):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1, float(a.abs().max())))
+
+
+@pytest.mark.parametrize("backbone, bn", [("resnet18", "train"), ("efficientnet_b0", "train"),
+                                          ("efficientnet_b0", "frozen"), ("swin_t", "frozen")])
+def test_chunks_keep_random_numbers_and_move_statistics_the_first_time_only(backbone, bn):
+    """The twin keeps all activations: it embeds chunk by chunk and adds nothing on the way back."""
+    torch.manual_seed(0)
+    twin = evaluation.Encoder(backbone, 8, bn == "frozen").double().train()
+    for m in twin.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.1                                           # random beside stochastic depth
+    model, state = copy.deepcopy(twin), torch.get_rng_state()
+    x = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8)
+    weight = torch.randn(10, 8, dtype=torch.float64)
+    model.chunk = 4
+    ours = gradients(model, x, weight, state)
+    twin.forward = lambda x: torch.cat([evaluation.Encoder.forward(twin, part) for part in x.split(4)])
+    for a, b in zip(ours, gradients(twin, x, weight, state)):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * max(1, float(b.abs().max())))
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers()))
+
+
+def test_chunks_keep_fewer_activations():
+    kept = []
+    for chunk in (0, 4):
+        model = evaluation.Encoder("conv4", 8, chunk=chunk).train()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept[-1].append(t.numel()) or t, lambda t: t):
+            kept.append([])
+            model(torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8))
+    assert sum(kept[1]) < sum(kept[0]) / 4
+
+
+def test_a_backbone_of_ones_own_is_trained_and_rebuilt(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("mymodels.py").write_text(
+        "from torch import nn\n"
+        "def small():\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(12), nn.BatchNorm1d(12))\n"
+        "def maps():\n    return nn.Conv2d(3, 2, 1)\n")
+    record = tiny("run", "--backbone", "mymodels:small", "--epochs", "1", "--chunk", "6")[-1]
+    evaluation.main(["run/checkpoint.pt", "--device", "cpu"])
+    scored = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert scored["recall@1"] == pytest.approx(record["recall@1"])
+    with pytest.raises(SystemExit, match=r"mymodels:maps: expected features \(B, width\), got \(2, 2, 16, 16"):
+        tiny("maps", "--backbone", "mymodels:maps")
+
+
 def test_weights_are_read_in_the_forms_that_people_have(tmp_path, monkeypatch):
     import torchvision
     from urllib.error import URLError
@@ -1646,6 +1733,7 @@ def test_weights_are_read_in_the_forms_that_people_have(tmp_path, monkeypatch):
     old = {name: v for name, v in plain.items() if not name.endswith("num_batches_tracked")}
     for state in (plain, old, {"model": plain, "epoch": 3}, {"state_dict": plain},
                   {"state_dict": {f"module.{name}": v for name, v in plain.items()}},
+                  {f"_orig_mod.model.{name}": v for name, v in plain.items()},
                   {"model": {f"module.backbone.{name}": v for name, v in plain.items()}}):
         torch.save(state, path)
         encoder = evaluation.Encoder("resnet18", 8)
@@ -1670,7 +1758,7 @@ def test_weights_are_read_in_the_forms_that_people_have(tmp_path, monkeypatch):
         evaluation.load_weights(encoder, "resnet18", "imagenet")
 
 
-# ---------------------------------------------------------------- embeddings in and out
+# ------------------------------------------------- embeddings in and out
 
 def test_embeddings_are_saved_and_scored_again(tmp_path, capsys):
     make_inshop(tmp_path)
@@ -1759,7 +1847,7 @@ def test_embedding_is_shared_by_two_processes_and_the_same_to_the_last_bit(tmp_p
     assert sorted(read + others) == list(range(len(z))) and min(len(read), len(others)) >= 256
 
 
-# ---------------------------------------------------------------- the scripts
+# ------------------------------------------------- the scripts
 
 def test_train_writes_log_settings_and_checkpoints(tmp_path, capsys):
     records = tiny(tmp_path, "--head-epochs", "1")
@@ -1781,11 +1869,39 @@ def test_train_writes_log_settings_and_checkpoints(tmp_path, capsys):
         assert result["recall@1"] == pytest.approx(records[state["epoch"]]["recall@1"])
 
 
+def test_presets_are_the_paper_s_run_and_a_gpu_gets_fp16(monkeypatch):
+    monkeypatch.setattr(train, "usable_device", lambda *_: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6), raising=False)
+    args = train.parse_args(["--dataset", "sop", "--device", "cuda"])
+    assert (args.loss, args.amp, args.backbone, args.batch_size, args.workers) == (
+        "supcon", "fp16", "resnet50", 64, 6)
+    assert train.parse_args(["--dataset", "sop", "--device", "mps"]).amp == "off"
+    assert train.parse_args(["--device", "cpu"]).loss == "ms"
+    assert train.parse_args(["--backbone", "a:b", "--dataset", "sop"]).weights == "none"
+
+
+def test_train_resumes_the_same_whatever_the_layout_of_the_moments(tmp_path):
+    flags = ("--backbone", "resnet18", "--classes", "9", "--batch-size", "8", "--image-size", "32")
+    tiny(tmp_path / "a", *flags, "--epochs", "1")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    state, laid_out = evaluation.load_file(tmp_path / "b" / "checkpoint.pt"), 0
+    for moments in state["optimizer"]["state"].values():
+        for name, t in moments.items():
+            if t.ndim == 4:                                     # as another device had it
+                laid_out += t.shape[1] > 1 and t.shape[2] > 1
+                moments[name] = t.contiguous(memory_format=torch.channels_last)
+    torch.save(state, tmp_path / "b" / "checkpoint.pt")
+    a, b = (tiny(tmp_path / run, *flags) and evaluation.load_file(tmp_path / run / "checkpoint.pt")
+            for run in ("a", "b"))
+    assert laid_out > 10 and same(a["model"], b["model"])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_train_resumes_exactly(tmp_path, method, capsys):
-    whole = tiny(tmp_path / "whole", "--method", method, "--fill-memory")
-    tiny(tmp_path / "parts", "--method", method, "--fill-memory", "--epochs", "1")
-    parts = tiny(tmp_path / "parts", "--method", method, "--fill-memory")
+    flags = ("--method", method, "--fill-memory", *(("--chunk", "6") if method == "axbn" else ()))
+    whole = tiny(tmp_path / "whole", *flags)
+    tiny(tmp_path / "parts", *flags, "--epochs", "1")
+    parts = tiny(tmp_path / "parts", *flags)
     assert strip(whole) == strip(parts) and "after epoch 1" in capsys.readouterr().out
     assert len(parts) == 3
     a, b = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in ("whole", "parts"))
@@ -1820,7 +1936,8 @@ WRONG = {       # flags: part of the sentence
     "--val-fraction 0.999": "--val-fraction 0.999: there are 0 classes to train on",
     "--val-fraction 0.01": "--val-fraction 0.01: .* 1 classes of [34] images to search",
     "--classes 1": "there are 1 classes to train on", "--device abacus": "--device abacus cannot be used",
-    "--sync-bn": "--sync-bn needs GPUs", "--backbone resnet19": "resnet19",
+    "--backbone resnet19": "resnet19", "--backbone nowhere:make": "No module named 'nowhere'",
+    "--backbone math:dino": "has no attribute 'dino'", "--chunk -1": "--chunk: must be at least 0",
     "--backbone inception_v3": "not one last linear layer", "--backbone vit_b_32": "Wrong image height",
     "--weights nothing.pt": "nothing.pt: cannot be read", "--weights imagenet": "conv4",
     "--method moco": "invalid choice: 'moco'", "--meth axbn": "unrecognized arguments: --meth",
@@ -1837,7 +1954,7 @@ def test_train_refuses_wrong_flags_before_any_work(tmp_path, capsys, flags):
     assert not (tmp_path / "run").exists() and "Traceback" not in text
 
 
-# ---------------------------------------------------------------- nothing is lost, nothing lies
+# ------------------------------------------------- nothing is lost, nothing lies
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_train_is_the_same_whatever_the_number_of_workers(tmp_path, workers):
@@ -1959,6 +2076,32 @@ def test_two_runs_cannot_write_into_one_folder(tmp_path):
         first.kill()
         first.wait()
     whole_epochs(tmp_path)
+
+
+def test_a_disk_without_locks_refuses_nothing(tmp_path, monkeypatch):
+    import fcntl
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    assert len(tiny(tmp_path, "--epochs", "0")) == 1
+
+
+def test_file_names_that_are_no_utf8_and_terminals_that_cannot_print_them(tmp_path):
+    for k in range(24):
+        jpeg(tmp_path / "data" / f"class{k // 4}" / f"{k}.jpg", k)
+    odd = os.fsdecode(os.fsencode(tmp_path / "data" / "class4") + b"/\xff\xe9.jpg")
+    (tmp_path / "data" / "class4" / "16.jpg").rename(odd)
+    flags, env = ["--dataset", "folder", "--root", tmp_path / "data"], {"PYTHONIOENCODING": "ascii"}
+    for command in (("data.py", *flags, "--check"),
+                    ("train.py", *flags, *ON_REPLICA, "--epochs", "0", "--out", tmp_path / "run"),
+                    ("eval.py", tmp_path / "run" / "best.pt", "--device", "cpu", "--save", tmp_path / "z.npz")):
+        done = script(*command, **env)
+        assert done.returncode == 0, done.stderr
+    with open(odd, "wb") as file:
+        file.write(b"no image")
+    done = script("data.py", *flags, "--check", **env)
+    assert done.returncode == 1 and ".jpg: cannot be read as an image" in done.stdout, done.stderr
 
 
 def classes_of(root, names):
@@ -2100,7 +2243,7 @@ def test_a_nan_that_a_masked_loss_would_hide_ends_the_run(tmp_path, monkeypatch)
         tiny(tmp_path, "--loss", "supcon")
 
 
-# ---------------------------------------------------------------- what is measured on the way
+# ------------------------------------------------- what is measured on the way
 
 def test_measuring_leaves_no_trace_in_the_training(tmp_path, monkeypatch):
     """Drift is measured at every step here, and at none with a network that has dropout either way."""
@@ -2185,7 +2328,7 @@ def test_train_takes_torchvision_backbones_with_either_batch_norm(backbone, tmp_
 # Two gloo processes with half the batch each, against one process with the whole batch.
 
 # A small rate: AdamW makes a step of any sign of a rounded gradient near zero, which would add up.
-DISTRIBUTED = [*TINY, *"--backbone conv4-nobn --head-epochs 1 --lr 1e-5".split()]
+DISTRIBUTED = [*TINY, *"--backbone conv4-nobn --head-epochs 1 --lr 1e-5 --chunk 6".split()]
 
 
 def one_of_two(rank, port, out):
@@ -2224,6 +2367,23 @@ def test_two_processes_train_as_one(tmp_path):
         mine, other = (torch.load(tmp_path / f"{method}-{rank}.pt", weights_only=True) for rank in (0, 1))
         assert len(mine) == len(other) and all(torch.equal(a, b) for a, b in zip(mine, other))
         assert (method == "none") == (len(mine) == 0)
+
+
+@pytest.mark.parametrize("ranks, message", [(2, "the processes find different checkpoints"),
+                                            (1, "WORLD_SIZE is set as if torchrun")])
+def test_processes_that_do_not_fit_together_end_with_a_sentence(tmp_path, ranks, message):
+    (tmp_path / "apart.py").write_text(                 # as on two machines without a common disk
+        "import os, sys, train\ntrain.main([*sys.argv[1:], '--out', sys.path[0] + os.environ['RANK']])\n")
+    tiny(f"{tmp_path}0", *DISTRIBUTED, "--epochs", "0")
+    if ranks == 1:
+        done = script("train.py", *TINY, "--out", tmp_path / "run", WORLD_SIZE="2")
+    else:
+        state = evaluation.load_file(f"{tmp_path}0/checkpoint.pt")
+        torch.save({**state, "rng": state["rng"] * 2}, f"{tmp_path}0/checkpoint.pt")
+        done = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                      tmp_path / "apart.py", *DISTRIBUTED, PYTHONPATH=str(HERE))
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def whole_run(rank, port, out):
@@ -2311,8 +2471,9 @@ def test_scripts_train_and_evaluate_on_each_replica(tmp_path, name, capsys):
     assert result["recall@1"] == pytest.approx(records[-1]["recall@1"])
 
 
-# ---------------------------------------------------------------- results/*.py
+# ------------------------------------------------- results/*.py
 
+@functools.cache
 def results_script(name):
     spec = importlib.util.spec_from_file_location(name, HERE / "results" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -2320,116 +2481,66 @@ def results_script(name):
     return module
 
 
-def class_batches(n=40):
-    g = torch.Generator().manual_seed(0)
-    centres = torch.randn(30, 8, generator=g)
-    for _ in range(n):
-        y = torch.randperm(30, generator=g)[:4].repeat_interleave(4)
-        yield centres[y] + 0.3 * torch.randn(16, 8, generator=g), y
+@pytest.mark.parametrize("name", ["bench", "variants", "draw"])
+def test_results_docstrings_show_commands_that_their_parsers_accept(name):
+    module = results_script(name)
+    lines = [line.split("   ")[0] for line in map(str.strip, module.__doc__.splitlines())]
+    commands = [line for line in lines if line.startswith(f"python results/{name}.py")]
+    assert commands
+    for command in commands:
+        module.parse_args(shlex.split(command.replace("MEAN STD", "1 measured"))[2:])
 
 
-@pytest.mark.parametrize("rule, method", [(1.0, "xbn"), (0.5, "ema"), ("off", "xbm")])
-def test_variants_equal_the_methods_they_vary(rule, method):
-    ours = results_script("variants").Variant((rule, rule), 8, 64, "xbn")
-    theirs = CrossBatchLoss(8, 64, method, momentum=0.5)
-    for z, labels in class_batches():
-        torch.testing.assert_close(ours(z, labels), theirs(z, labels), rtol=1e-5, atol=1e-6)
+def test_results_scripts_end_mistakes_with_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    for words in (("bench.py", "rehearsal", tmp_path / "file"), ("draw.py", "curves", tmp_path / "no"),
+                  ("variants.py", "fresh", "--root", tmp_path, "--dataset", "sop", "--weights", "none")):
+        done = script(f"results/{words[0]}", *words[1:])
+        assert done.returncode == 1 and done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("words", ["moments 2 1", "moments classes 1", "moments 1 fast", "moments 1",
-                                   "fresh --every 0", "fresh --bn train", "moments 1 1 --lr -1", "stale"])
-def test_variants_of_wrong_rules_are_refused(words, capsys):
-    with pytest.raises(SystemExit):
-        results_script("variants").main(words.split())
-    assert "error: " in capsys.readouterr().err
+@pytest.mark.parametrize("method, loss", [(m, loss) for m in ("none", "xbm") for loss in ("ms", "supcon")])
+def test_training_equals_pytorch_metric_learning_step_by_step(method, loss):
+    pytest.importorskip("pytorch_metric_learning")
+    ours, theirs = results_script("bench").twin_losses(method, loss)
+    assert (ours - theirs).abs().max() < 1e-5 and ours[-20:].mean() < 0.9 * ours[:20].mean()
 
 
-def test_variants_measure_noise_and_correct_for_few_classes():
-    g, y, variants = torch.Generator().manual_seed(0), torch.arange(16) // 4, results_script("variants")
-    batches = (torch.randn(4, 6, generator=g)[y] + 0.5 * torch.randn(16, 6, generator=g) for _ in range(1000))
-    drawn = [variants.moments_of_classes(z, y) for z in batches]        # variance 1 between, 0.25 within
-    means, stds, corrected = (torch.stack(t) for t in zip(*((m, s, c) for (m, s), _, c in drawn)))
-    of_mean, _ = torch.tensor([noises for _, noises, _ in drawn]).mean(0)
-    assert corrected.square().mean().item() == pytest.approx(1.25, rel=0.03)
-    assert stds.square().mean() < 1.1                       # the plain one is too small for four classes
-    assert of_mean.item() == pytest.approx(means.var(0).mean().item(), rel=0.05)
+# ------------------------------------------------- results/draw.py
+
+def keep_log(path, seed=0, last=2, recall=0.5, **settings):
+    """A log as results/ keeps them."""
+    first = {"settings": {"method": "xbn", "lr": 0.1, **settings, "seed": seed}}
+    records = [{"epoch": e, "recall@1": recall, "map@r": 0.2, "drift_mean": 0.1} for e in range(last + 1)]
+    records[0].update(first)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
-@pytest.mark.parametrize("q, r", [(1e-3, 1e-2), (1e-2, 1e-3)])
-def test_variants_gain_follows_the_noises(q, r):
-    g, state, truth, estimate = torch.Generator().manual_seed(0), torch.tensor([1.0, 0, 0]), 0.0, 0.0
-    for step in range(4000):
-        truth += math.sqrt(q) * torch.randn((), generator=g)
-        measured = truth + math.sqrt(r) * torch.randn((), generator=g)
-        K = results_measured_gain(state, (measured - estimate) ** 2, torch.tensor(r), rate=0.005)
-        estimate += K * (measured - estimate)
-    p = 0.0
-    for _ in range(100):
-        p, best = acbn.kalman_gain(p, q, r)
-    assert K == pytest.approx(best, rel=0.3)
+@pytest.mark.parametrize("other, message", [
+    ({"lr": 0.2}, "lr is 0.1 and 0.2"), ({"bn": "frozen"}, "bn is None and frozen"),
+    ({"seed": 0}, "seed is 0 in both"), ({"last": 3}, "last epoch is 2 and 3")])
+def test_draw_refuses_to_average_what_differs_by_more_than_the_seed(other, message, tmp_path):
+    a, c = keep_log(tmp_path / "a-s0.jsonl"), keep_log(tmp_path / "a-s2.jsonl", seed=2)
+    b = keep_log(tmp_path / "a-s1.jsonl", **{"seed": 1, **other})
+    with pytest.raises(data.UserError) as caught:
+        results_script("draw").read_runs([a, c, b])
+    assert str(caught.value) == f"{a} and {b} cannot be averaged: {message}"
 
 
-def results_measured_gain(*args, **kwargs):
-    return results_script_once("variants").measured_gain(*args, **kwargs)
-
-
-@functools.cache
-def results_script_once(name):
-    return results_script(name)
-
-
-def test_fresh_memory_holds_what_the_present_network_makes_of_its_images(tmp_path, monkeypatch):
-    variants, seen = results_script("variants"), []
-    monkeypatch.setattr(acbn, "CrossBatchLoss", CrossBatchLoss)         # both are put back at the end
-    monkeypatch.setattr(train, "make_model", train.make_model)
-    adapt = variants.Fresh.adapt
-
-    def watched(self, z):
-        n, pixels = len(self.memory), None if self.pixels is None else self.pixels.clone()
-        adapt(self, z)
-        if n:
-            with torch.no_grad():
-                fresh = acbn.normalize(self.model(pixels[:n]))
-            torch.testing.assert_close(self.memory.embeddings[:n], fresh, rtol=0, atol=1e-5)
-            seen.append(n)
-    monkeypatch.setattr(variants.Fresh, "adapt", watched)
-    variants.main(["fresh", "--every", "1", *TINY, "--bn", "frozen", "--epochs", "1", "--warmup-steps", "0",
-                   "--out", str(tmp_path)])
-    assert len(seen) > 2
-
-
-def test_draw_groups_runs_by_their_seed_or_says_what_is_missing(tmp_path, monkeypatch, capsys):
+def test_draw_averages_runs_that_differ_by_their_seed(tmp_path, capsys):
     draw = results_script("draw")
-    values = [tiny(tmp_path / f"a-s{seed}", "--epochs", "1", "--seed", str(seed))[-1] for seed in (0, 1)]
-    runs, out = [str(tmp_path / "a-s0"), str(tmp_path / "a-s1")], str(tmp_path / "p.png")
-    shutil.copy(tmp_path / "a-s0" / "log.jsonl", tmp_path / "b-s0.jsonl")           # as kept in results/
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit, match="pip install matplotlib"):
-        draw.main(["curves", *runs, "--out", out])
-    monkeypatch.undo()
-    groups = draw.read_runs([Path(run) for run in (*runs, tmp_path / "b-s0.jsonl")])
+    recalls = {f"a-s{seed}": recall for seed, recall in enumerate((0.3, 0.5, 0.6))} | {"b": 0.4}
+    logs = [keep_log(tmp_path / f"{name}.jsonl", seed=k, recall=recall, lr=1 if name == "b" else 0.1)
+            for k, (name, recall) in enumerate(recalls.items())]
+    groups = draw.read_runs(logs)
     draw.tell(groups)
-    mean, std = (f([100 * r["recall@1"] for r in values]) for f in (np.mean, partial(np.std, ddof=1)))
-    told = capsys.readouterr().out
-    assert f"a  runs 2  recall@1 {mean:.2f} ± {std:.2f}  map@r" in told
-    assert "±" not in told.split("b  runs 1")[1]
-    for words, message in ((["curves", "x", "--out", str(tmp_path / "no" / "p.png")], "in a folder that"),
-                           (["curves", "x", "--out", "p.txt"], "must end in .png"), (["curves"], "required"),
-                           (["curves", "x", "--lr", "1"], "unrecognized arguments: --lr")):
-        with pytest.raises(SystemExit):
-            draw.main(words)
-        assert message in capsys.readouterr().err
-    pytest.importorskip("matplotlib")
-    for command in (["curves", *runs], ["overview", *runs], ["against", "batch_size", "--runs", *runs],
-                    ["sheet", str(tmp_path / "a-s0" / "best.pt"), "--show", "2"],
-                    ["idea", "--steps", "6", "--rows", "32", *TINY]):
-        draw.main([*command, "--out", out])
-        assert Image.open(out).size[0] >= 500
-        Path(out).unlink()
-    for words, message in ((["curves", str(tmp_path)], "cannot be read as the log of a run"),
-                           (["against", "colour", "--runs", *runs], "the runs have no such setting")):
-        with pytest.raises(SystemExit, match=message):
-            draw.main([*words, "--out", out])
+    told = capsys.readouterr().out.splitlines()
+    assert told == ["a  runs 3  recall@1 46.67 ± 15.28  map@r 20.00 ± 0.00",
+                    "b  runs 1  recall@1 40.00  map@r 20.00"]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"epoch": 0, "recall@1": 0.5}) + "\n")
+    with pytest.raises(data.UserError, match="c.jsonl: not the log of a run"):
+        draw.read_runs([tmp_path / "c.jsonl"])
 
 
 def test_draw_tells_whether_the_order_of_the_means_changes():
@@ -2450,81 +2561,214 @@ def test_draw_shows_the_worst_queries_first_with_their_neighbours():
     z[3] = -z[3]                                    # the fourth query is nearest to nothing of its class
     (q, rank, near, first), second = results_script("draw").worst_queries((z, y), (None, None), 2)
     assert q == 3 and rank == 13 and len(near) == 7 and first == (4, -1.0) and 3 not in dict(near)
-    assert near[0][1] == 0.0
-    assert second[1] == 2 or second[1] == 1
+    assert near[0][1] == 0.0 and second[0] == 0 and second[1] == 1
 
 
-FRESH = ["fresh", *TINY, "--bn", "frozen", "--memory-ratio", "3"]       # rows outlast an epoch
+def test_draw_makes_every_picture_from_new_runs_and_from_kept_logs(tmp_path):
+    pytest.importorskip("matplotlib")
+    draw, out = results_script("draw"), tmp_path / "p.png"
+    for seed in (0, 1):
+        tiny(tmp_path / f"a-s{seed}", "--epochs", "1", "--seed", str(seed))
+    runs = [str(tmp_path / "a-s0"), str(tmp_path / "a-s1")]
+    old = [str(path) for path in sorted((HERE / "results/logs/default").glob("*.jsonl"))]
+    for command in (["curves", *runs], ["curves", *old, *runs], ["overview", *runs],
+                    ["against", "batch_size", "--runs", *runs],
+                    ["sheet", str(tmp_path / "a-s0" / "best.pt"), "--show", "2", "--device", "cpu"],
+                    ["idea", "--steps", "6", "--rows", "32", *TINY]):
+        draw.main([*command, "--out", str(out)])
+        assert Image.open(out).size[0] >= 500
+        out.unlink()
+    for command, message in ((["idea", "--rows", "8", *TINY], "--rows 8 is less than --batch-size 16"),
+                             (["against", "colour", "--runs", *runs], "the runs have no such setting")):
+        with pytest.raises(SystemExit, match=message):
+            draw.main([*command, "--out", str(out)])
 
 
-def test_fresh_resumes_with_the_pixels_of_its_rows(tmp_path):
-    for out, epochs in (("whole", "2"), ("cut", "1"), ("cut", "2")):
-        done = script("results/variants.py", *FRESH, "--epochs", epochs, "--out", str(tmp_path / out))
-        assert done.returncode == 0, done.stderr
+# ------------------------------------------------- results/variants.py: moments
+
+def class_batches(n=40):
+    g = torch.Generator().manual_seed(0)
+    centres = torch.randn(30, 8, generator=g)
+    for _ in range(n):
+        y = torch.randperm(30, generator=g)[:4].repeat_interleave(4)
+        yield centres[y] + 0.3 * torch.randn(16, 8, generator=g), y
+
+
+@pytest.mark.parametrize("rule, method", [(1.0, "xbn"), (0.5, "ema"), ("off", "xbm")])
+def test_variants_equal_the_methods_they_vary(rule, method):
+    ours = results_script("variants").Moments(8, 64, "xbn", mean=rule, std=rule)
+    theirs = CrossBatchLoss(8, 64, method, momentum=0.5)
+    for z, labels in class_batches():
+        torch.testing.assert_close(ours(z, labels), theirs(z, labels), rtol=1e-5, atol=1e-6)
+    assert method == "xbm" or ours.K == theirs.K
+
+
+@pytest.mark.parametrize("words, message", [
+    ("moments 2 1", "must be from 0 to 1"), ("moments classes 1", "invalid"), ("moments 1", "required"),
+    ("fresh --every 0", "at least 1"), ("moments 1 1 --lr -1", "--lr"), ("stale", "invalid choice"),
+    ("drift --rows all --scale no", "invalid choice"), ("drift --rows batch", "--scale"),
+    ("fresh --fill-memory", "and no --fill-memory"), ("drift --rows batch --scale no", "one process")])
+def test_variants_refuse_what_they_cannot_do(words, message, monkeypatch, capsys):
+    if message == "one process":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        results_script("variants").parse_args(words.split())
+    assert message in capsys.readouterr().err
+
+
+def test_variants_measure_noise_and_correct_for_few_classes():
+    g, y = torch.Generator().manual_seed(0), torch.arange(16) // 4
+    batches = (torch.randn(4, 6, generator=g)[y] + 0.5 * torch.randn(16, 6, generator=g)
+               for _ in range(1000))                                    # variance 1 between, 0.25 within
+    drawn = [results_script("variants").moments_of_classes(z, y) for z in batches]
+    means, stds, corrected = (torch.stack(t) for t in zip(*((m, s, c) for (m, s), _, c in drawn)))
+    of_mean, _ = torch.tensor([noises for _, noises, _ in drawn]).mean(0)
+    assert corrected.square().mean().item() == pytest.approx(1.25, rel=0.03)
+    assert stds.square().mean() < 1.1                       # the plain one is too small for four classes
+    assert of_mean.item() == pytest.approx(means.var(0).mean().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("q, r", [(1e-3, 1e-2), (1e-2, 1e-3)])
+def test_variants_gain_follows_the_noises(q, r):
+    g, state, truth, estimate = torch.Generator().manual_seed(0), torch.tensor([1.0, 0, 0]), 0.0, 0.0
+    for _ in range(4000):
+        truth += math.sqrt(q) * torch.randn((), generator=g)
+        measured = truth + math.sqrt(r) * torch.randn((), generator=g)
+        K = results_script("variants").measured_gain(state, (measured - estimate) ** 2, r, rate=0.005)
+        estimate += K * (measured - estimate)
+    p = 0.0
+    for _ in range(100):
+        p, best = acbn.kalman_gain(p, q, r)
+    assert K == pytest.approx(best, rel=0.3)
+
+
+# ------------------------------------------------- results/variants.py: fresh and drift
+
+@pytest.fixture
+def with_images(monkeypatch):
+    """(make, step): makes a criterion of variants.py, and takes a step of its network."""
+    variants, g = results_script("variants"), torch.Generator().manual_seed(0)
+    args = argparse.Namespace(image_size=16, device="cpu", amp="off", seed=3)
+    monkeypatch.setattr(variants.WithImages, "args", args)
+    monkeypatch.setattr(variants.WithImages, "model", None)
+    net = evaluation.Encoder("conv4", 5)
+    net.head = nn.Sequential(nn.Dropout(0.2), net.head)
+    variants.watched(lambda args: net, args)
+
+    def make(kind, **options):
+        return getattr(variants, kind)(5, 20, "xbn", **options)
+
+    def step(criterion, rate=0.02):
+        x = torch.randint(256, (8, 3, 16, 16), generator=g, dtype=torch.uint8)
+        criterion(net(x), torch.arange(8) // 4)
+        with torch.no_grad():
+            for p in net.parameters():
+                p += rate * torch.randn(p.shape, generator=g) * p.abs().mean()
+    return make, step
+
+
+@pytest.mark.parametrize("rows", ["batch", "random"])
+@pytest.mark.parametrize("scale", ["yes", "no"])
+def test_drift_moves_the_rows_as_a_float64_loop_says(rows, scale, with_images, monkeypatch):
+    make, step = with_images
+    criterion = make("Drift", rows=rows, k=6, scale=scale)
+    embed, embedded, chosen = criterion.embed, [], set()
+
+    def watch(slots):
+        embedded.append((slots.tolist(), embed(slots).double().numpy()))
+        return torch.from_numpy(embedded[-1][1]).float()
+    monkeypatch.setattr(criterion, "embed", watch)
+    step(criterion)                                             # there is nothing to move yet
+    for _ in range(5):
+        memory, written = criterion.memory.embeddings.double().numpy(), criterion.memory.written
+        memory = memory.copy()
+        step(criterion)
+        slots, now = embedded.pop()
+        chosen.add(tuple(slots))
+        assert rows == "random" or slots == [i % 20 for i in range(written - 8, written)]
+        assert len(set(slots)) == len(slots) == (6 if rows == "random" else 8)
+        expected = np.empty_like(memory)
+        for d in range(5):
+            old, new = memory[slots, d], now[:, d]
+            A = np.std(new, ddof=1) / np.std(old, ddof=1) if scale == "yes" else 1
+            for i in range(len(memory)):
+                expected[i, d] = A * (memory[i, d] - old.mean()) + new.mean()
+        if rows == "random":
+            expected[slots] = now
+        kept = sorted(set(range(len(memory))) - {i % 20 for i in range(written, written + 8)})
+        found = criterion.memory.embeddings.numpy()
+        np.testing.assert_allclose(found[kept], expected[kept], atol=1e-5)
+    assert isinstance(criterion.K, float) and not embedded and len(chosen) == 5
+
+
+def test_drift_of_rows_with_a_constant_dimension_is_a_shift_in_it():
+    memory, before, now = rows(9, 3), rows(4, 3, seed=1), rows(4, 3, seed=2)
+    before[:, 0], now[:, 1] = 0.5, 0.25
+    moved = results_script("variants").moved(memory, before, now, True)
+    shift = now.mean(0) - before.mean(0)
+    torch.testing.assert_close(moved[:, :2], (memory + shift)[:, :2])
+    assert moved.isfinite().all() and not torch.allclose(moved[:, 2], (memory + shift)[:, 2])
+
+
+@pytest.mark.parametrize("kind, options", [("Fresh", {"every": 1}),
+                                           ("Drift", {"rows": "batch", "k": 4, "scale": "yes"}),
+                                           ("Drift", {"rows": "random", "k": 4, "scale": "no"})])
+def test_embedding_again_leaves_batch_norm_and_random_numbers_alone(kind, options, with_images):
+    make, step = with_images
+    criterion = make(kind, **options)
+    step(criterion)
+    z, before = torch.randn(8, 5), [b.clone() for b in criterion.model.buffers()]
+    state, stored = torch.get_rng_state(), criterion.memory.embeddings.clone()
+    criterion.adapt(acbn.normalize(z))
+    assert all(map(torch.equal, before, criterion.model.buffers())) and criterion.model.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(stored, criterion.memory.embeddings)         # something was embedded
+
+
+def test_images_stand_beside_their_rows(with_images):
+    make, step = with_images
+    criterion = make("Fresh", every=100)
+    criterion.model.eval()
+    for _ in range(4):                  # more rows than the memory has
+        step(criterion, rate=0)
+    torch.testing.assert_close(criterion.embed(torch.arange(20)), criterion.memory.embeddings)
+
+
+def test_fresh_memory_holds_what_the_present_network_makes_of_its_images(with_images):
+    make, step = with_images
+    criterion = make("Fresh", every=2)
+    criterion.model.eval()              # no dropout, and batch norm does not see the batch
+    for k in range(7):
+        stored, n = criterion.memory.embeddings.clone(), len(criterion.memory)
+        with torch.no_grad():
+            fresh = acbn.normalize(criterion.model(criterion.pixels[:n])) if n else stored
+        criterion.move(8)
+        torch.testing.assert_close(criterion.memory.embeddings, stored if k % 2 else fresh,
+                                   rtol=0, atol=1e-5)
+        step(criterion)
+    assert not torch.allclose(stored, fresh, atol=1e-3)
+
+
+@pytest.mark.parametrize("words", ["fresh", "drift --rows random --k 4 --scale yes"])
+def test_variants_resume_with_the_images_of_their_rows(words, tmp_path, monkeypatch):
+    def run(out, *flags):
+        with monkeypatch.context() as patch:                            # main puts its own there
+            patch.setattr(acbn, "CrossBatchLoss", CrossBatchLoss)
+            patch.setattr(train, "make_model", train.make_model)
+            results_script("variants").main([*words.split(), *TINY, "--memory-ratio", "3", *flags,
+                                             "--out", str(tmp_path / out)])
+    run("whole")
+    run("cut", "--epochs", "1")
+    run("cut")
     a, b = (evaluation.load_file(tmp_path / out / "checkpoint.pt") for out in ("whole", "cut"))
     assert same(a["model"], b["model"]) and same(a["criterion"], b["criterion"])
-    done = script("train.py", *TINY, *FRESH[-4:], "--method", "xbn", "--out", str(tmp_path / "cut"))
-    assert done.returncode == 1 and "not a checkpoint of" in done.stderr and "Traceback" not in done.stderr
+    assert a["criterion"]["pixels"].any() and a["records"][0]["settings"]["variant"]["kind"] in words
+    words = "fresh --every 2"
+    with pytest.raises(SystemExit, match="was made with --variant .*, now it is .*'every': 2"):
+        run("cut")
 
 
-@pytest.mark.parametrize("flags, world", [(["--fill-memory"], "1"), ([], "2")])
-def test_fresh_refuses_rows_whose_pixels_it_has_not_seen(flags, world, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", world)
-    with pytest.raises(SystemExit):
-        results_script("variants").parse_args([*FRESH, *flags])
-    assert "one process, and no --fill-memory" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flags, message", [
-    ("--rows 8", "--rows 8 is less than --batch-size 16"), ("--rows 32 --backbone nosuch", "nosuch"),
-    ("--rows 200 --batch-size 192", "needs 48 classes")])
-def test_idea_refuses_flags_that_do_not_fit(flags, message, tmp_path):
-    pytest.importorskip("matplotlib")
-    with pytest.raises(SystemExit, match=message):
-        results_script("draw").main(["idea", "--steps", "2", *TINY, *flags.split(),
-                                     "--out", str(tmp_path / "i.png")])
-
-
-def test_logs_without_scores_are_refused_with_a_sentence(tmp_path):
-    pytest.importorskip("matplotlib")
-    lines = {"settings": {}, "recall@1": 0.5}, {"settings": {}, "recall@1": "x", "map@r": 1}
-    for k, line in enumerate(lines):
-        (tmp_path / f"{k}.jsonl").write_text(json.dumps(line) + "\n")
-        with pytest.raises(SystemExit, match="cannot be read as the log of a run"):
-            results_script("draw").main(["curves", str(tmp_path / f"{k}.jsonl"),
-                                         "--out", str(tmp_path / "p.png")])
-
-
-def test_sheet_takes_a_device_or_says_that_it_cannot(tmp_path, capsys):
-    draw = results_script("draw")
-    assert draw.parse_args(["sheet", "x.pt", "--device", "cpu"]).device == "cpu"
-    with pytest.raises(SystemExit):
-        draw.parse_args(["sheet", "x.pt", "--device", "cuda:99"])
-    assert "--device cuda:99 cannot be used" in capsys.readouterr().err
-
-
-def test_results_scripts_end_mistakes_with_one_sentence(tmp_path):
-    (tmp_path / "file").touch()
-    (tmp_path / "pytest.py").write_text("raise ImportError('No module named pytest')")
-    without = {"PYTHONPATH": str(tmp_path)}
-    for words, env in ((("bench.py", "rehearsal", str(tmp_path / "file")), {}),
-                       (("faults.py", "--kills", "0"), {}),
-                       (("faults.py",), without)):
-        done = script(f"results/{words[0]}", *words[1:], **env)
-        assert done.returncode != 0 and done.stderr and "Traceback" not in done.stderr, done.stderr
-
-
-@pytest.mark.parametrize("name", ["bench", "faults", "variants", "draw"])
-def test_results_docstrings_show_commands_that_their_parsers_accept(name):
-    module = results_script(name)
-    lines = [line.split("   ")[0] for line in map(str.strip, module.__doc__.splitlines())]
-    commands = [line for line in lines if line.startswith(f"python results/{name}.py")]
-    assert commands
-    for command in commands:
-        module.parse_args(shlex.split(command.replace("MEAN STD", "1 measured"))[2:])
-
-
-# ---------------------------------------------------------------- the README
+# ------------------------------------------------- the README
 
 STANDS_FOR = {"$s": "0", "$m": "xbn", "$bn": "frozen", "$loss": "ms", "MEAN": "1", "STD": "0.2",
               "W": "9", "B": "16", "LR": "1e-3", "METHOD": "xbn", "M": "0.5", "S": "0"}

@@ -25,18 +25,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 import acbn
 import data
-from eval import (FORMAT, Encoder, autocast, embed_test, load_checkpoint, load_weights, rank_and_world,
-                  scores, usable_device, usable_ks)
+from eval import (FORMAT, Encoder, autocast, default_workers, embed_test, kept_buffers, load_checkpoint,
+                  load_weights, rank_and_world, scores, usable_device, usable_ks)
 
 # ------------------------------------------------- settings
 
 PAPER = dict(
-    backbone="resnet50", weights="imagenet", augment="paper", image_size=224, dim=512, batch_size=64,
-    epochs=50, head_epochs=2, lr=1e-4, lr_drops=[15, 30, 45], lr_decay=0.33, weight_decay=0.01,
+    loss="supcon", backbone="resnet50", weights="imagenet", augment="paper", image_size=224, dim=512,
+    batch_size=64, epochs=50, head_epochs=2, lr=1e-4, lr_drops=[15, 30, 45], lr_decay=0.33,
+    weight_decay=0.01,
     memory_ratio=0.5, warmup_steps=0, gain_interval=100)        # Sec. 5.1
 SMALL = dict(
-    backbone="conv4", weights="none", augment="light", image_size=32, dim=128, batch_size=16,
-    epochs=7, head_epochs=0, lr=3e-4, lr_drops=[4, 6], lr_decay=0.33, weight_decay=0.01,
+    loss="ms", backbone="conv4", weights="none", augment="light", image_size=32, dim=128,
+    batch_size=16, epochs=7, head_epochs=0, lr=3e-4, lr_drops=[4, 6], lr_decay=0.33, weight_decay=0.01,
     memory_ratio=0.5, warmup_steps=1000, gain_interval=100)     # from scratch, hence the warm-up
 PRESETS = {"synthetic": SMALL, "df2": {**PAPER, "memory_ratio": 1.0, "gain_interval": 10}}  # else PAPER
 
@@ -70,7 +71,7 @@ def parse_args(argv=None):
       help="processes that read images, without effect on results (GPU: one a core, up to 16; CPU: 0)")
     g = p.add_argument_group("method").add_argument
     g("--method", choices=acbn.METHODS, default="axbn", help="xbm+batch is the paper's XBM* (axbn)")
-    g("--loss", choices=LOSSES, default="ms", help="supcon with pair margins is the paper's (ms)")
+    g("--loss", choices=LOSSES, help="supcon, with pair margins, is the paper's (preset)")
     g("--memory-ratio", type=number(float, 0, above=True),
       help="memory rows as a share of the training images (preset)")
     g("--warmup-steps", type=number(int, 0),
@@ -83,7 +84,8 @@ def parse_args(argv=None):
     g("--momentum", type=number(float, 0, below=1), default=0.1,
       help="ema: share of the old estimate, in [0, 1) (0.1)")
     g = p.add_argument_group("model").add_argument
-    g("--backbone", help="conv4, conv4-nobn or a torchvision classifier (preset)")
+    g("--backbone", help="conv4, conv4-nobn, a torchvision classifier, or MODULE:FUNCTION, which "
+      "returns a network from images to features (B, width) (preset)")
     g("--weights", help="imagenet, none, or a file with a state_dict (preset)")
     g("--dim", type=number(int, 1), help="size of the embedding (preset)")
     g("--bn", choices=("train", "frozen"), default="train",
@@ -98,29 +100,30 @@ def parse_args(argv=None):
       help="epochs after which the rate is multiplied by --lr-decay (preset)")
     g("--lr-decay", type=number(float, 0, above=True), help="(preset)")
     g("--weight-decay", type=number(float, 0), help="of AdamW (preset)")
-    g("--amp", choices=("off", "bf16", "fp16"), help="mixed precision (bf16 on a GPU, else off)")
-    g("--sync-bn", action="store_true", help="several GPUs: batch norm over the whole batch")
+    g("--amp", choices=("off", "bf16", "fp16"), help="mixed precision; the rounding of bf16 hides the "
+      "drift that the log measures (fp16 on an Nvidia GPU, else off)")
+    g("--chunk", type=number(int, 0), default=0, help="keep the activations of at most so many images "
+      "at a time, for one more forward pass: large batches on a small GPU (0: of all)")
     g("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(a GPU if there is one)")
     g("--seed", type=number(int, 0, below=2 ** 32), default=0, help="of everything random (0)")
     g("--deterministic", action="store_true", help="the same bits on a GPU too, but slower")
     add("--out", help="default runs/<dataset>-<method>-<loss>-b<batch>-s<seed>")
     args = p.parse_args(argv)
+    if args.backbone and ":" in args.backbone and args.weights is None:
+        args.weights = "none"           # such a function brings its own
     for name, value in PRESETS.get(args.dataset, PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     on_gpu = args.device.startswith("cuda")
     if on_gpu and "LOCAL_RANK" in os.environ:       # torchrun's processes have one GPU each
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    args.amp = args.amp or ("bf16" if on_gpu else "off")
-    if args.workers is None:            # on a CPU the network's own threads use every core already
-        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = min(cores, 16) if on_gpu else 0
+    args.amp = args.amp or ("fp16" if on_gpu else "off")
+    if args.workers is None:
+        args.workers = default_workers(args.device)
     args.out = args.out or (f"runs/{args.dataset}-{args.method}-{args.loss}-b{args.batch_size}"
                             f"-s{args.seed}")
     if args.process_noise + args.measurement_noise == 0:
         p.error("--process-noise and --measurement-noise cannot both be 0")
-    if args.sync_bn and not on_gpu:
-        p.error("--sync-bn needs GPUs: torch has it for no other device")
     usable_device(args.device, p)
     return args
 
@@ -133,8 +136,11 @@ def join(args):
     if on_gpu:
         torch.cuda.set_device(torch.device(args.device).index or 0)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # The others wait while rank 0 searches; when a process dies torchrun ends them all.
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=4))
+        try:    # the others wait while rank 0 searches; when a process dies torchrun ends them all
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=4))
+        except ValueError as error:
+            raise data.UserError("WORLD_SIZE is set as if torchrun had started several processes, but "
+                                 f"it did not: {error}") from None
 
 
 def gather(t):
@@ -187,15 +193,13 @@ def without_trace(model, state):
     """Inside: no gradients, and the random numbers that follow `state`. Afterwards buffers (batch
     norm's statistics) and random numbers are as before.
     """
-    saved, before = [b.clone() for b in model.buffers()], random_state()
+    before = random_state()
     set_random_state(state)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), kept_buffers(model):
             yield
     finally:
         set_random_state(before)
-        for buffer, value in zip(model.buffers(), saved):
-            buffer.copy_(value)
 
 
 def counting(loss, mine, pairs):
@@ -216,8 +220,8 @@ def summary(seen, args, epoch, over):
     bad = [k for k, (loss, norm) in enumerate(zip(losses, norms), 1)
            if not math.isfinite(loss) or not (math.isfinite(norm) or fp16 and (taken or not over))]
     if bad:
-        raise data.UserError(f"epoch {epoch}, step {bad[0]}: the loss or its gradient is not finite; try a "
-                             f"lower --lr than {args.lr:g}" + fp16 * ", or --amp bf16 or off")
+        raise data.UserError(f"epoch {epoch}, step {bad[0]}: the loss or its gradient is not finite; "
+                             f"try a lower --lr than {args.lr:g}" + fp16 * ", or --amp bf16 or off")
     return {"loss": fmean(losses), "gradient_norm": fmean(taken or [0]),
             "steps_skipped": len(norms) - len(taken), "steps_without_pairs": losses.count(0),
             "positives_mined": fmean(positives), "negatives_mined": fmean(negatives)}
@@ -252,17 +256,17 @@ def load_data(args):
 def make_model(args):
     """The encoder with its first weights, in training mode, on the device."""
     try:
-        model = Encoder(args.backbone, args.dim, args.bn == "frozen")
+        model = Encoder(args.backbone, args.dim, args.bn == "frozen", args.chunk, args.image_size)
         with torch.no_grad():           # fails here already where the network cannot take such images
             model.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
         load_weights(model, args.backbone, args.weights)
     except (ValueError, RuntimeError, AssertionError) as error:         # of torch and torchvision
         raise data.UserError(f"--backbone {args.backbone} does not go with --weights {args.weights}, "
                              f"--image-size {args.image_size}, --dim {args.dim}: {error}") from None
-    plain = args.amp == "off" and not args.device.startswith("cuda")
+    plain = args.amp == "off" or args.device.startswith("mps")  # Apple's: wrong gradients otherwise
     model.to(args.device, memory_format=torch.contiguous_format if plain else torch.channels_last)
-    if args.sync_bn and rank_and_world()[1] > 1:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if args.bn == "train" and rank_and_world()[1] > 1 and args.device.startswith("cuda"):
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)    # over the whole batch
     return model.train()
 
 
@@ -311,10 +315,10 @@ def train_epoch(epoch, parts, network, batches, split, pairs, args):
         group["lr"] = rate
     seen = torch.zeros(4, steps, device=args.device)            # loss, gradient norm, pairs mined
     start = shown = time.perf_counter()
-    for step, (x, y) in enumerate(batches, 1):
+    for step, batch in enumerate(batches, 1):
         if args.fill_memory and args.method != "none" and criterion.step == args.warmup_steps:
             fill_memory(model, criterion, split, args)
-        x, y = x.to(args.device, non_blocking=True), y.to(args.device, non_blocking=True)
+        x, y = (t.to(args.device, non_blocking=batches.pin_memory) for t in batch)
         state = random_state() if step % every == 0 else None
         with autocast(args.device, args.amp):
             z = network(x)                                      # (b, D) this process's share
@@ -405,17 +409,22 @@ def save(out, args, fingerprint, parts, records):
 def resume(path, args, fingerprint, parts):
     """Fills the parts from a checkpoint and returns its records; refuses other settings or data."""
     state, (rank, world) = load_checkpoint(path), rank_and_world()
-    for name, value in vars(args).items():
-        if name not in MAY_CHANGE and state["settings"].get(name) != value:
-            raise data.UserError(f"{path}: was made with --{name.replace('_', '-')} "
-                                 f"{state['settings'].get(name)}, now it is {value}; use another --out")
+    for name in {**state["settings"], **vars(args)}:
+        then, now = state["settings"].get(name), vars(args).get(name)
+        if name not in MAY_CHANGE and then != now:
+            raise data.UserError(f"{path}: was made with --{name.replace('_', '-')} {then}, now it is "
+                                 f"{now}; use another --out")
     if state["data"] != fingerprint:
-        raise data.UserError(f"{path}: was made with other data: their names or labels differ from those "
-                             f"in {args.root}; use another --out")
+        raise data.UserError(f"{path}: was made with other data: their names or labels differ from "
+                             f"those in {args.root}; use another --out")
     if len(state["rng"]) != world:
-        raise data.UserError(f"{path}: was made with {len(state['rng'])} processes, now there are {world}")
+        raise data.UserError(f"{path}: was made with {len(state['rng'])} processes, now there are "
+                             f"{world}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
+    for p, moments in parts["optimizer"].state.items():         # laid out as p, or fused AdamW, which
+        for name in ("exp_avg", "exp_avg_sq"):                  # ignores strides, would mix them up
+            moments[name] = torch.empty_like(p).copy_(moments[name])
     set_random_state(state["rng"][rank])
     return state["records"]
 
@@ -427,6 +436,7 @@ def train(args):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")         # as torch asks for it
     torch.use_deterministic_algorithms(args.deterministic)
+    torch.backends.cudnn.benchmark = not args.deterministic
     torch.manual_seed(args.seed)
     join(args)
     rank, world = rank_and_world()
@@ -457,7 +467,9 @@ def train(args):
     lock = claim(out) if rank == 0 else None
     resumed = (out / "checkpoint.pt").exists()
     records = resume(out / "checkpoint.pt", args, fingerprint, parts) if resumed else []
-    gather_object(None)                     # every process has looked before rank 0 writes
+    if len(set(gather_object(len(records)))) > 1:       # all have looked before rank 0 writes
+        raise data.UserError(f"--out {out}: the processes find different checkpoints there; it must lie "
+                             "on a disk that all of them share")
     if rank == 0:
         write(out / "settings.json", json.dumps(vars(args), indent=1) + "\n")
         write_log(out, records)             # it lacks a line if the run was killed after its checkpoint
@@ -507,6 +519,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")       # a terminal that lacks a sign is no error
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends it at once, like SIGTERM
     main()
     if dist.is_initialized():
