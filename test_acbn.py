@@ -1816,35 +1816,10 @@ def test_eval_refuses_wrong_flags_before_any_work(flags, message, capsys):
     assert error.value.code == 2 and message in capsys.readouterr().err
 
 
-def embed_share(rank, port, out):
-    """What each of two processes does: embed, and write what it got and how many images it read."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    read, getitems = [], data.Images.__getitems__
-    data.Images.__getitems__ = lambda self, keys: read.extend(keys) or getitems(self, keys)
-    model, split, settings = embedding_case()
-    z, _ = evaluation.embed(model, split, settings)
-    torch.save((z, read), out / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 def embedding_case():
     torch.manual_seed(0)
     return (evaluation.Encoder("conv4", 8), data.synthetic(classes=110, max_images=8).query,
             dict(image_size=32, augment="light", amp="off"))
-
-
-def test_embedding_is_shared_by_two_processes_and_the_same_to_the_last_bit(tmp_path):
-    torch.multiprocessing.spawn(embed_share, (free_port(), tmp_path), nprocs=2)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    model, split, settings = embedding_case()
-    z, _ = evaluation.embed(model, split, settings)
-    torch.set_num_threads(threads)
-    (a, read), (b, others) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert torch.equal(a, z) and torch.equal(b, z) and len(z) > 512
-    assert sorted(read + others) == list(range(len(z))) and min(len(read), len(others)) >= 256
 
 
 # ------------------------------------------------- the scripts
@@ -2063,19 +2038,14 @@ def test_train_ends_at_once_when_told_to_and_leaves_the_folder_free(tmp_path, nu
 
 
 def test_two_runs_cannot_write_into_one_folder(tmp_path):
-    flags = [*TINY, "--epochs", "9999", "--out", tmp_path]
-    first = subprocess.Popen([sys.executable, HERE / "train.py", *flags], cwd=HERE, stdout=subprocess.PIPE,
-                             text=True)
-    try:
-        while not (line := first.stdout.readline()).startswith("epoch"):
-            assert line
-        second = script("train.py", *TINY, "--lr", "1e-5", "--out", tmp_path)
-        assert second.returncode == 1 and "another run is writing there" in second.stderr
-        assert "Traceback" not in second.stderr
-    finally:
-        first.kill()
-        first.wait()
-    whole_epochs(tmp_path)
+    tiny(tmp_path, "--epochs", "0")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with train.claim(tmp_path):                                 # this process is the first run
+        second = script("train.py", *TINY, "--out", tmp_path)
+    assert second.returncode == 1 and "another run is writing there" in second.stderr
+    assert "Traceback" not in second.stderr
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert len(tiny(tmp_path, "--epochs", "1")) == 2            # the lock left nothing behind
 
 
 def test_a_disk_without_locks_refuses_nothing(tmp_path, monkeypatch):
@@ -2088,19 +2058,15 @@ def test_a_disk_without_locks_refuses_nothing(tmp_path, monkeypatch):
 
 
 def test_file_names_that_are_no_utf8_and_terminals_that_cannot_print_them(tmp_path):
-    for k in range(24):
-        jpeg(tmp_path / "data" / f"class{k // 4}" / f"{k}.jpg", k)
+    make_folder(tmp_path / "data")
     odd = os.fsdecode(os.fsencode(tmp_path / "data" / "class4") + b"/\xff\xe9.jpg")
     (tmp_path / "data" / "class4" / "16.jpg").rename(odd)
-    flags, env = ["--dataset", "folder", "--root", tmp_path / "data"], {"PYTHONIOENCODING": "ascii"}
-    for command in (("data.py", *flags, "--check"),
-                    ("train.py", *flags, *ON_REPLICA, "--epochs", "0", "--out", tmp_path / "run"),
-                    ("eval.py", tmp_path / "run" / "best.pt", "--device", "cpu", "--save", tmp_path / "z.npz")):
-        done = script(*command, **env)
-        assert done.returncode == 0, done.stderr
+    flags = ["--dataset", "folder", "--root", str(tmp_path / "data")]
+    train.main([*flags, *ON_REPLICA, "--epochs", "0", "--out", str(tmp_path / "run")])
+    evaluation.main([str(tmp_path / "run" / "best.pt"), "--device", "cpu", "--save", str(tmp_path / "z.npz")])
     with open(odd, "wb") as file:
         file.write(b"no image")
-    done = script("data.py", *flags, "--check", **env)
+    done = script("data.py", *flags, "--check", PYTHONIOENCODING="ascii")
     assert done.returncode == 1 and ".jpg: cannot be read as an image" in done.stdout, done.stderr
 
 
@@ -2332,7 +2298,9 @@ DISTRIBUTED = [*TINY, *"--backbone conv4-nobn --head-epochs 1 --lr 1e-5 --chunk 
 
 
 def one_of_two(rank, port, out):
-    """What a process does: for each method an epoch, a resumed second one; keeps each step's memory."""
+    """What a process does: it embeds its share of a split; a run with batch norm; and for each method an
+    epoch and a resumed second one. It keeps what it got.
+    """
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -2349,55 +2317,68 @@ def one_of_two(rank, port, out):
         train.main(args)
         CrossBatchMemory.enqueue = enqueue
         torch.save(memories, out / f"{method}-{rank}.pt")
+    read, getitems = [], data.Images.__getitems__
+    data.Images.__getitems__ = lambda self, keys: read.extend(keys) or getitems(self, keys)
+    z, _ = evaluation.embed(*embedding_case())
+    torch.save((z, read), out / f"{rank}.pt")
+    tiny(out / "bn")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_train_as_one(tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (free_port(), tmp_path), nprocs=2)
+@pytest.fixture(scope="session")
+def of_two(tmp_path_factory):
+    """The folder that two such processes wrote."""
+    out = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(one_of_two, (free_port(), out), nprocs=2)
+    return out
+
+
+def test_embedding_is_shared_by_two_processes_and_the_same_to_the_last_bit(of_two):
+    z, _ = evaluation.embed(*embedding_case())
+    (a, read), (b, others) = (torch.load(of_two / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(a, z) and torch.equal(b, z) and len(z) > 512
+    assert sorted(read + others) == list(range(len(z))) and min(len(read), len(others)) >= 256
+
+
+def test_two_processes_train_as_one(of_two, tmp_path):
     for method in METHODS:
         expected = train.main([*DISTRIBUTED, "--method", method, "--out", str(tmp_path / "one" / method)])
-        got = [json.loads(line) for line in (tmp_path / method / "log.jsonl").read_text().splitlines()]
+        got = [json.loads(line) for line in (of_two / method / "log.jsonl").read_text().splitlines()]
         assert [r["loss"] for r in got[1:]] == pytest.approx([r["loss"] for r in expected[1:]], rel=1e-4)
         one, two = (torch.load(path / "checkpoint.pt", weights_only=True)
-                    for path in (tmp_path / "one" / method, tmp_path / method))
+                    for path in (tmp_path / "one" / method, of_two / method))
         for name, weight in one["model"].items():
             assert (two["model"][name] - weight).abs().mean() < 1e-6
         for a, b in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values()):
             assert (a["exp_avg"] - b["exp_avg"]).norm() <= 1e-3 * a["exp_avg"].norm()      # of the gradients
-        mine, other = (torch.load(tmp_path / f"{method}-{rank}.pt", weights_only=True) for rank in (0, 1))
+        mine, other = (torch.load(of_two / f"{method}-{rank}.pt", weights_only=True) for rank in (0, 1))
         assert len(mine) == len(other) and all(torch.equal(a, b) for a, b in zip(mine, other))
         assert (method == "none") == (len(mine) == 0)
 
 
-@pytest.mark.parametrize("ranks, message", [(2, "the processes find different checkpoints"),
-                                            (1, "WORLD_SIZE is set as if torchrun")])
-def test_processes_that_do_not_fit_together_end_with_a_sentence(tmp_path, ranks, message):
+def test_processes_that_find_different_checkpoints_end_with_a_sentence(tmp_path):
     (tmp_path / "apart.py").write_text(                 # as on two machines without a common disk
         "import os, sys, train\ntrain.main([*sys.argv[1:], '--out', sys.path[0] + os.environ['RANK']])\n")
     tiny(f"{tmp_path}0", *DISTRIBUTED, "--epochs", "0")
-    if ranks == 1:
-        done = script("train.py", *TINY, "--out", tmp_path / "run", WORLD_SIZE="2")
-    else:
-        state = evaluation.load_file(f"{tmp_path}0/checkpoint.pt")
-        torch.save({**state, "rng": state["rng"] * 2}, f"{tmp_path}0/checkpoint.pt")
-        done = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                      tmp_path / "apart.py", *DISTRIBUTED, PYTHONPATH=str(HERE))
-    assert done.returncode == 1 and message in done.stderr, done.stderr
+    state = evaluation.load_file(f"{tmp_path}0/checkpoint.pt")
+    torch.save({**state, "rng": state["rng"] * 2}, f"{tmp_path}0/checkpoint.pt")
+    done = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                  tmp_path / "apart.py", *DISTRIBUTED, PYTHONPATH=str(HERE))
+    assert done.returncode == 1 and "the processes find different checkpoints" in done.stderr, done.stderr
+
+
+def test_several_processes_that_torchrun_did_not_start_are_refused(tmp_path, monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="WORLD_SIZE is set as if torchrun .*RANK expected, but not set"):
+        tiny(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def whole_run(rank, port, out):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    tiny(out)
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_score_the_network_that_they_save(tmp_path, capsys):
-    torch.multiprocessing.spawn(whole_run, (free_port(), tmp_path), nprocs=2)
-    logged = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
-    evaluation.main([str(tmp_path / "checkpoint.pt"), "--device", "cpu"])
+def test_two_processes_score_the_network_that_they_save(of_two, capsys):
+    logged = json.loads((of_two / "bn" / "log.jsonl").read_text().splitlines()[-1])
+    evaluation.main([str(of_two / "bn" / "checkpoint.pt"), "--device", "cpu"])
     scored = json.loads(capsys.readouterr().out.splitlines()[-1])       # batch norm differs from rank to rank
     assert scored["map@r"] == pytest.approx(logged["map@r"], abs=1e-9)
 
@@ -2421,12 +2402,11 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     assert evaluation.rebuild(tmp_path / "run" / "checkpoint.pt")[1]["epoch"] == 1
 
 
-def test_scripts_run_on_an_sop_replica(tmp_path):
+def test_scripts_run_on_an_sop_replica(tmp_path, capsys):
     make_sop(tmp_path, train=(4, 4, 5, 3), test=(3, 4, 2))
     sop = ["--dataset", "sop", "--root", tmp_path]
-    listed = script("data.py", *sop, "--allow-partial", "--check")
-    assert listed.returncode == 0
-    assert "train         16 images      4 classes, 3 to 5 images each" in listed.stdout
+    data.main([*map(str, sop), "--allow-partial", "--check"])
+    assert "train         16 images      4 classes, 3 to 5 images each" in capsys.readouterr().out
     flags = ("--backbone conv4 --weights none --image-size 32 --dim 8 --batch-size 8 --epochs 1 "
              "--head-epochs 1 --device cpu --out").split()
     trained = script("train.py", *sop, "--allow-partial", *flags, tmp_path / "run")
@@ -2493,10 +2473,15 @@ def test_results_docstrings_show_commands_that_their_parsers_accept(name):
 
 def test_results_scripts_end_mistakes_with_one_sentence(tmp_path):
     (tmp_path / "file").touch()
-    for words in (("bench.py", "rehearsal", tmp_path / "file"), ("draw.py", "curves", tmp_path / "no"),
-                  ("variants.py", "fresh", "--root", tmp_path, "--dataset", "sop", "--weights", "none")):
-        done = script(f"results/{words[0]}", *words[1:])
-        assert done.returncode == 1 and done.stderr and "Traceback" not in done.stderr, done.stderr
+    done = script("results/bench.py", "rehearsal", tmp_path / "file")
+    assert done.returncode == 1 and done.stderr and "Traceback" not in done.stderr, done.stderr
+    for name, words in (("draw", ["curves", str(tmp_path / "no")]),
+                        ("variants", ["fresh", "--root", str(tmp_path), "--dataset", "sop", "--weights",
+                                      "none", "--device", "cpu"])):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="No such file|not in"):
+            for module, attribute in ((acbn, "CrossBatchLoss"), (train, "make_model"), (train, "parse_args")):
+                patch.setattr(module, attribute, getattr(module, attribute))        # put back afterwards
+            results_script(name).main(words)
 
 
 @pytest.mark.parametrize("method, loss", [(m, loss) for m in ("none", "xbm") for loss in ("ms", "supcon")])
