@@ -14,7 +14,7 @@ torch alone: copy it.
     >>> len(criterion.memory)
     96
 
-Every training call writes into the memory. So call the criterion once a step, on the whole batch
+A training call writes into the memory. So call the criterion once a step, on the whole batch
 (gathered, if there are several processes), outside DDP, DataParallel and activation checkpointing,
 and keep it in float32 or float64.
 
@@ -32,13 +32,15 @@ Symbols (paper | here | shape):
     p, K, q, r | variance of the estimate, gain, process noise, measurement noise: Python numbers
 
 Readings, where the paper leaves something open:
-    1. The deviation is the unbiased one. A batch of one row has no deviation: it adapts nothing and
-       renews no gain. A dimension that is constant in batch or memory is only shifted.
+    1. The deviation (Algorithm 1 calls it a variance) is the unbiased one. A batch of one row has
+       none: it adapts nothing and renews no gain. A dimension that is constant in batch or memory
+       is only shifted.
     2. The first moments that are measured become the first estimates.
     3. Adapted rows leave the unit sphere. They are stored that way, and normalised for comparison.
     4. The margins of the paper's miner are Euclidean distances, the default of the library that its
        authors used, pytorch-metric-learning.
-    5. The gain is renewed every gain_interval steps, the estimates at every step.
+    5. The gain is renewed every gain_interval steps, the estimates at every step. The measurement
+       noise is divided by the batch size, as Sec. 3.2.1 says; Algorithm 1 prints r alone.
     6. The published noises are the defaults. With them K is above 0.999 for batches of 16 or more,
        so AXBN equals XBN to three digits. What AXBN gains in the paper is not explained by that.
     7. The memory's own moments are taken before its oldest rows leave.
@@ -66,7 +68,7 @@ def moments(z):
     """
     mean = z.mean(0)                                                            # (D,)
     std = ((z - mean).square().sum(0) / max(len(z) - 1, 1)).sqrt()              # (D,) reading 1
-    rounding = 16 * torch.finfo(z.dtype).eps * mean.abs()       # (D,) up to a million rows
+    rounding = 16 * torch.finfo(z.dtype).eps * mean.abs()       # (D,) enough for a million rows
     return mean, std.masked_fill(std <= rounding, 0)
 
 
@@ -102,7 +104,7 @@ def pair_masks(y, reference_y, own=None):
     holds its own copy. Such a pair is neither positive nor negative.
     """
     positive = y[:, None] == reference_y                            # (B, N) True: same class
-    negative = ~positive                # (B, N) True: another class; before own copies leave
+    negative = y[:, None] != reference_y                            # (B, N) True: another class
     if own is not None:
         positive[len(y) - len(own):].scatter_(1, own[:, None], False)           # reading 8
     return positive, negative
@@ -156,7 +158,7 @@ def supcon_loss(sim, positive, negative, temperature=0.1):
     positive or no negative.
     """
     logits = sim / temperature                                                  # (B, N)
-    lowest = torch.finfo(sim.dtype).min     # not -inf: a row without pairs would get NaN gradients
+    lowest = torch.finfo(sim.dtype).min     # not -inf: a row without pairs makes no NaN, even inside
     pairs = positive | negative                                                 # (B, N)
     log_sum = logits.masked_fill(~pairs, lowest).logsumexp(1, keepdim=True)     # (B, 1)
     pulls = (log_sum - logits).masked_fill(~positive, 0)                        # (B, N)
@@ -248,9 +250,9 @@ class CrossBatchLoss(torch.nn.Module):
         The paper has the defaults, but an interval of 10 on DeepFashion2.
     momentum: 1 - K, for "ema"; the paper's best of 0.1 to 0.9 was 0.1 (App. C).
     warmup_steps: in so many first training calls every method acts like "none" and stores nothing.
-    In eval mode a batch is compared with the same references as in training, but the memory stays
-    as it is and the batch stays outside. A batch with a NaN has a NaN loss; its rows that hold one
-    count as zeros in the memory and the moments, so that later steps go on.
+    In eval mode a batch is compared with the memory as it is and is not added to it; nothing
+    changes. A batch with a NaN has a NaN loss; its rows that hold one count as zeros in the memory
+    and the moments, so that later steps go on.
     """
 
     def __init__(self, dim, size, method="axbn", loss=multi_similarity_loss,
