@@ -158,7 +158,7 @@ def supcon_loss(sim, positive, negative, temperature=0.1):
     positive or no negative.
     """
     logits = sim / temperature                                                  # (B, N)
-    lowest = torch.finfo(sim.dtype).min     # not -inf: a row without pairs makes no NaN, even inside
+    lowest = torch.finfo(sim.dtype).min     # not -inf: a row without pairs makes no NaN on the way
     pairs = positive | negative                                                 # (B, N)
     log_sum = logits.masked_fill(~pairs, lowest).logsumexp(1, keepdim=True)     # (B, 1)
     pulls = (log_sum - logits).masked_fill(~positive, 0)                        # (B, N)
