@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -689,12 +689,7 @@ def download(name, root):
             return print(f"{name} is in {root} already")
     print(f"fetching {size} from {address} to {archive}, to be unpacked there", flush=True)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        if not check_integrity(archive, md5):
-            torch.hub.download_url_to_file(address, str(archive))
-        if not check_integrity(archive, md5):
-            raise ValueError("its MD5 is not the one expected")
-        extract_archive(archive, root, remove_finished=True)
+        download_and_extract_archive(address, root, md5=md5, remove_finished=True)
     except Exception as error:                      # the network and the unpacker raise anything
         raise UserError(f"--download: {address} could not be fetched to {archive} ({error})") from None
 
