@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 from acbn import normalize
 
-FORMAT = 3              # of train.py's checkpoints
+FORMAT = 4              # of train.py's checkpoints
 
 
 # ------------------------------------------------- Recall@K and MAP@R
@@ -127,14 +127,15 @@ def own_backbone(name, size):
     sys.path.append(os.getcwd())
     try:
         backbone = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise data.UserError(f"--backbone {name}: {error}") from None
-    with torch.no_grad():
-        features = backbone.eval()(torch.zeros(2, 3, size, size))
-    if getattr(features, "ndim", 0) != 2:
-        raise data.UserError(f"--backbone {name}: expected features (B, width), got "
-                             f"{tuple(getattr(features, 'shape', [type(features).__name__]))}")
-    return backbone, features.shape[1]
+        with torch.no_grad():
+            features = backbone.eval()(torch.zeros(2, 3, size, size))
+        two, width = features.shape
+        if two != 2:
+            raise ValueError(f"expected features (B, width), got {tuple(features.shape)} for B = 2")
+    except Exception as error:          # a user's own code can raise anything
+        raise data.UserError(f"--backbone {name}: it must return a network from images to features "
+                             f"(B, width): {error!r}") from None
+    return backbone, width
 
 
 @contextmanager
@@ -178,7 +179,7 @@ class Encoder(nn.Module):
         return self
 
     def features(self, x):
-        parts = x.split(self.chunk) if self.chunk else [x]
+        parts = x.tensor_split(-(-len(x) // self.chunk)) if self.chunk else [x]     # of one size
         if len(parts) == 1:
             return self.backbone((x - self.mean) / self.std)
         # Computed anew on the way back, from the same random numbers; batch norm's statistics, which
@@ -210,12 +211,16 @@ def load_weights(encoder, backbone, weights):
             state = state[name] if isinstance(state, dict) and name in state else state
         if not isinstance(state, dict):
             raise data.UserError(f"{weights}: not a state_dict but a {type(state).__name__}")
-    prefix = re.compile(r"^((module|backbone|model|_orig_mod)\.)+")
-    state = {prefix.sub("", str(name)): value for name, value in state.items()}
-    lacks, _ = encoder.backbone.load_state_dict(state, strict=False)        # other shapes raise
+    prefix, network = re.compile(r"^((module|backbone|model|_orig_mod)\.)+"), encoder.backbone
+    own, modules = network.state_dict(), dict(network.named_modules())
+    state = {name if name in own else prefix.sub("", str(name)): v for name, v in state.items()}
+    lacks, more = network.load_state_dict(state, strict=False)              # other shapes raise
     lacks = [name for name in lacks if not name.endswith("num_batches_tracked")]    # older files do
-    if lacks:
-        raise data.UserError(f"{weights}: not a state_dict of {backbone}: {lacks[0]} is missing")
+    more = [name for name in more       # of the last layer, which has gone, they are no surprise
+            if not isinstance(modules.get(name.rpartition(".")[0]), nn.Identity)]
+    if lacks or more:
+        raise data.UserError(f"{weights}: not a state_dict of {backbone}: " + (
+            f"{lacks[0]} is missing" if lacks else f"it has no {more[0]}"))
 
 
 def load_file(path):
@@ -311,12 +316,17 @@ def read_embeddings(path):
             arrays = {name: file[name] for name in file.files if not name.endswith("_names")}
         found = [(None, None), (None, None)]
         for k, name in enumerate(("query", "gallery")[:1 + ("gallery" in arrays)]):
-            z, y = arrays[name], arrays[f"{name}_labels"]
+            z, y = arrays.pop(name), arrays.pop(f"{name}_labels")
             if z.ndim != 2 or z.dtype.kind != "f" or y.shape != z.shape[:1] or y.dtype.kind not in "iu":
                 raise ValueError(f"{name} must be floats (N, D) and {name}_labels integers (N,), "
                                  f"found {z.dtype} {z.shape} and {y.dtype} {y.shape}")
             found[k] = torch.from_numpy(z.astype(np.float32)), torch.from_numpy(y.astype(np.int64))
-        return found, arrays["ks"].tolist() if "ks" in arrays else None
+            if z.shape[1] != found[0][0].shape[1] or len(z) == 0:
+                raise ValueError(f"{name} is empty, or its width is not that of query")
+        ks = arrays.pop("ks", None)
+        if arrays:
+            raise ValueError(f"unknown arrays {', '.join(arrays)}")
+        return found, None if ks is None else ks.tolist()
     except Exception as error:          # torn or foreign bytes, or arrays of other names
         raise data.UserError(f"{path}: cannot be read as embeddings ({error})") from None
 
@@ -350,6 +360,8 @@ def parse_args(argv=None):
     usable_device(args.device, parser)
     if args.workers is None:
         args.workers = default_workers(args.device)
+    if args.save and args.file.suffix == ".npz":
+        parser.error(f"--save {args.save}: {args.file} holds embeddings already")
     if args.save and (args.save.suffix != ".npz" or not args.save.absolute().parent.is_dir()):
         parser.error(f"--save {args.save}: expected a name that ends in .npz, in a folder that exists")
     return args
@@ -363,10 +375,11 @@ def evaluate_checkpoint(args):
     differs = {name for name in given if given[name] != state["settings"][name]}
     settings = {**state["settings"], **given}
     splits = data.load_for(settings, settings["allow_partial"])
-    wished = "dataset" in given and "root" in differs or differs - {"root", "allow_partial"}
+    options = data.DATASETS[settings["dataset"]].options
+    wished = "dataset" in given and differs & {"dataset", "root"} or differs & set(options)
     if not wished and data.fingerprint(splits) != state["data"]:
         raise data.UserError(f"{args.file}: was made with other data than lie in {settings['root']}: "
-                             "their names or labels differ (to score others, name --dataset and --root)")
+                             "their names or labels differ (--dataset with another --root scores others)")
     model.to(args.device)
     return settings["dataset"], splits, embed_test(model, splits, settings, args.device, args.workers)
 

@@ -122,6 +122,8 @@ def parse_args(argv=None):
         args.workers = default_workers(args.device)
     args.out = args.out or (f"runs/{args.dataset}-{args.method}-{args.loss}-b{args.batch_size}"
                             f"-s{args.seed}")
+    if args.chunk and args.device.startswith("mps"):
+        p.error("--chunk: on Apple's GPUs torch cannot repeat the random numbers of a forward pass")
     if args.process_noise + args.measurement_noise == 0:
         p.error("--process-noise and --measurement-noise cannot both be 0")
     usable_device(args.device, p)
@@ -470,11 +472,17 @@ def train(args):
     if len(set(gather_object(len(records)))) > 1:       # all have looked before rank 0 writes
         raise data.UserError(f"--out {out}: the processes find different checkpoints there; it must lie "
                              "on a disk that all of them share")
-    if rank == 0:
-        write(out / "settings.json", json.dumps(vars(args), indent=1) + "\n")
-        write_log(out, records)             # it lacks a line if the run was killed after its checkpoint
     if resumed:
         say(f"continuing {out} after epoch {records[-1]['epoch']}")
+    elif (out / "log.jsonl").exists():
+        raise data.UserError(f"--out {out}: holds a log without its checkpoint; use another --out")
+    if args.method != "none" and 0 < args.epochs * len(batches) <= args.warmup_steps:
+        say(f"warning: --warmup-steps {args.warmup_steps}: the memory does not start in "
+            f"{args.epochs} epochs of {len(batches)} steps")
+    if rank == 0:
+        write(out / "settings.json", json.dumps(vars(args), indent=1) + "\n")
+        if resumed:
+            write_log(out, records)         # it lacks a line if the run was killed after its checkpoint
 
     for epoch in range(len(records), args.epochs + 1):
         if epoch == 0:
