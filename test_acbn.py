@@ -1810,7 +1810,8 @@ def test_one_query_is_enough_where_there_is_a_gallery(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--save nowhere/z.npz", "in a folder that exists"), ("--workers -1", "must be at least 0"), ("--save z.txt", "that ends in .npz"),
+    ("--save nowhere/z.npz", "in a folder that exists"), ("--save z.txt", "that ends in .npz"),
+    ("--workers -1", "must be at least 0"),
     ("--device cuda:77", "--device cuda:77 cannot be used"), ("--plot x", "unrecognized arguments: --plot")])
 def test_eval_refuses_wrong_flags_before_any_work(flags, message, capsys):
     with pytest.raises(SystemExit) as error:
@@ -2417,7 +2418,8 @@ def test_scripts_fail_with_one_sentence_and_without_a_traceback(tmp_path):
     base = tmp_path / "Stanford_Online_Products"
     odd = os.fsdecode(b"bicycle_final/\xff.JPG")                # no UTF-8, and no terminal can print it
     victim = sorted((base / "bicycle_final").iterdir())[1].rename(base / odd)
-    lists = (base / "Ebay_train.txt").read_bytes().replace(b"bicycle_final/110000000001_1.JPG", os.fsencode(odd))
+    lists = (base / "Ebay_train.txt").read_bytes()
+    lists = lists.replace(b"bicycle_final/110000000001_1.JPG", os.fsencode(odd))
     (base / "Ebay_train.txt").write_bytes(lists)
     victim.write_bytes(b"broken")
     sop = ["--dataset", "sop", "--root", tmp_path, "--allow-partial"]
