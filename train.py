@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Train an embedding with AXBN or one of its baselines.
 
-    python train.py                             synthetic products, about 2 minutes on two CPU cores
+    python train.py                             synthetic products, 2 minutes on two CPU cores
     python train.py --dataset sop --root DIR    the paper's setting; DIR: Stanford_Online_Products/
 
 Every epoch adds a line to <out>/log.jsonl and rewrites <out>/checkpoint.pt, and <out>/best.pt where it
