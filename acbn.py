@@ -100,8 +100,9 @@ def kalman_gain(p, q, r):
 def pair_masks(y, reference_y, own=None):
     """Which references are of the anchor's class, and which of another: two boolean masks (B, N).
 
-    y (B,), reference_y (N,): labels. own (m,): for each of the last m anchors, the column that
-    holds its own copy. Such a pair is neither positive nor negative.
+    y (B,), reference_y (N,): labels. own (m,): for each of the last m anchors (all of them, unless
+    the batch is larger than the memory), the column that holds its own copy. Such a pair is
+    neither positive nor negative.
     """
     positive = y[:, None] == reference_y                            # (B, N) True: same class
     negative = y[:, None] != reference_y                            # (B, N) True: another class
