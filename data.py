@@ -542,7 +542,7 @@ class Images(torch.utils.data.Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys):                       # what a DataLoader asks for: a batch at once
-        keys = keys if self.training else [(i, 0) for i in keys]
+        keys = keys if self.training else [(i, None) for i in keys]
         read = [self.read(i, seed) for i, seed in keys]
         x = torch.stack([image for image, _ in read])                               # (B, 3, S, S)
         x = light(x, torch.stack([u for _, u in read])) if self.light else x
@@ -551,10 +551,11 @@ class Images(torch.utils.data.Dataset):
     def read(self, i, seed):
         """Image i (3, size, size) uint8, and the random numbers (7,) that `light` takes."""
         box = None if self.split.boxes is None else self.split.boxes[i]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with torch.random.fork_rng(devices=[], enabled=self.training):
+            if self.training:
+                torch.default_generator.manual_seed(seed)
             image = open_image(self.split.images[i], self.size, self.cut, box)
-            return self.transform(image), torch.rand(7)
+            return self.transform(image), torch.rand(7) if self.light else None
 
 
 # ------------------------------------------------- batches of P classes x m images

@@ -14,7 +14,6 @@ import hashlib
 import http.server
 import importlib.util
 import inspect
-import io
 import json
 import math
 import os
@@ -35,7 +34,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, TiffImagePlugin
+from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
