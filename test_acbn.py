@@ -2546,7 +2546,7 @@ def test_draw_makes_every_picture_from_new_runs_and_from_kept_logs(tmp_path):
     runs = [str(tmp_path / "a-s0"), str(tmp_path / "a-s1")]
     old = [str(path) for path in sorted((HERE / "results/logs/default").glob("*.jsonl"))]
     for command in (["curves", *runs], ["curves", *old, *runs], ["overview", *runs],
-                    ["against", "batch_size", "--runs", *runs],
+                    ["against", "batch_size", "--runs", *runs, "--time"],
                     ["sheet", str(tmp_path / "a-s0" / "best.pt"), "--show", "2", "--device", "cpu"],
                     ["idea", "--steps", "6", "--rows", "32", *TINY]):
         draw.main([*command, "--out", str(out)])

@@ -16,7 +16,7 @@ import re
 import sys
 from itertools import combinations, count
 from pathlib import Path
-from statistics import mode
+from statistics import median, mode
 
 import torch
 
@@ -165,9 +165,15 @@ def curves(args):
     finish(figure, axes[0, 0], args, dpi=110 if brief else 100)
 
 
+def seconds(runs):
+    """For 1,000 training images, in the median epoch of each run."""
+    return [1000 / median(record["images_per_second"] for record in log[1:]) for log in runs]
+
+
 def against(args):
-    """Recall@1 of the last epoch against each of some settings, a line a method. In each panel the
-    other settings have the value that most runs have; a method with one value is a level line.
+    """Recall@1 of the last epoch against each of some settings, a line a method; --time adds the
+    training time against the first. In each panel the other settings have the value that most runs
+    have; a method with one value is a level line.
     """
     groups, settings = read_runs(args.runs), args.settings
     first = {label: runs[0][0]["settings"] for label, runs in groups.items()}
@@ -176,12 +182,14 @@ def against(args):
             raise data.UserError(f"against {name}: the runs have no such setting")
     usual = {name: mode([of[name] for of in first.values()]) for name in settings}
     tell(groups)
-    figure, axes = pyplot().subplots(1, len(settings), figsize=(5 * len(settings), 4),
+    panels = [(name, "Recall@1 (%)", lambda runs: in_percent(runs, "recall@1")) for name in settings]
+    panels += [(settings[0], "seconds for 1,000 images", seconds)] * args.time
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(5 * len(panels), 4),
                                      squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], settings):
+    for axis, (name, title, values) in zip(axes[0], panels):
         others = [other for other in settings if other != name]
         for n, method in enumerate(dict.fromkeys(of["method"] for of in first.values())):
-            points = sorted((of[name], *mean_and_std(in_percent(groups[label], "recall@1")))
+            points = sorted((of[name], *mean_and_std(values(groups[label])))
                             for label, of in first.items() if of["method"] == method
                             and all(of[other] == usual[other] for other in others))
             if len(points) == 1:
@@ -190,7 +198,7 @@ def against(args):
                 x, mean, std = zip(*points)
                 axis.errorbar(x, mean, std, fmt="o-", color=f"C{n}", capsize=3, label=method)
         axis.set(title=", ".join(f"{other.replace('_', ' ')} {usual[other]}" for other in others),
-                 xlabel=name.replace("_", " "), ylabel="Recall@1 (%)")
+                 xlabel=name.replace("_", " "), ylabel=title)
         axis.grid(alpha=0.3)
     finish(figure, axes[0, 0], args)
 
@@ -325,6 +333,7 @@ def parse_args(argv=None):
         add[name]("runs", type=Path, nargs="+", metavar="RUN")
     add["against"]("settings", nargs="+", metavar="SETTING", help="batch_size, memory_ratio, ...")
     add["against"]("--runs", type=Path, nargs="+", metavar="RUN", required=True)
+    add["against"]("--time", action="store_true", help="one more panel: the time of training")
     add["sheet"]("checkpoint", type=Path)
     add["sheet"]("--show", type=data.number(int, 1), default=8, help="how many queries (8)")
     add["sheet"]("--root", help="the folder with the unpacked archive (as in training)")
