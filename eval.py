@@ -271,7 +271,7 @@ def embed(model, split, settings, device="cpu", workers=0):
     was_training, (rank, world) = model.training, rank_and_world()
     model.eval()
     images = data.Images(split, settings["image_size"], settings["augment"])
-    batches = torch.arange(len(images)).split(256)
+    batches = torch.arange(len(images)).split(64)        # larger ones are slower on a CPU
     mine = batches[rank * len(batches) // world:(rank + 1) * len(batches) // world]
     loader = data.loader(images, workers, batch_sampler=[batch.tolist() for batch in mine])
     with autocast(device, settings["amp"]):
