@@ -14,6 +14,7 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from itertools import combinations, count
 from pathlib import Path
 from statistics import mode
@@ -182,7 +183,8 @@ def against(args):
             raise data.UserError(f"against {name}: the runs have no such setting")
     usual = {name: mode([of[name] for of in first.values()]) for name in settings}
     tell(groups)
-    panels = [(name, "Recall@1 (%)", lambda runs: in_percent(runs, "recall@1")) for name in settings]
+    recall = partial(in_percent, key="recall@1")
+    panels = [(name, "Recall@1 (%)", recall) for name in settings]
     panels += [(settings[0], "seconds for 1,000 images", seconds)] * args.time
     figure, axes = pyplot().subplots(1, len(panels), figsize=(5 * len(panels), 4),
                                      squeeze=False, layout="constrained")
