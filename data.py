@@ -53,7 +53,7 @@ def uniform(generator, low, high, *shape):
 
 
 def waves(frequency, phase, x, y):
-    """Two crossing cosines (n, S, S): frequency (n, 2, 2), phase (n, 2), x and y (n, S, S) or (S, S)."""
+    """Two crossing cosines (n, S, S) of frequency (n, 2, 2), phase (n, 2), x and y ([n,] S, S)."""
     fx, fy, phase = frequency[:, :, :1, None], frequency[:, :, 1:, None], phase[:, :, None, None]
     return torch.cos(fx * x.unsqueeze(-3) + fy * y.unsqueeze(-3) + phase).sum(1)
 
@@ -127,12 +127,14 @@ def read_list(path, form, parse, header=0):
     """
     lines, found = path.read_text("utf-8-sig", "surrogateescape").split("\n") + ["", ""], []
     if header and lines[header - 1].split() != form.split():
-        raise UserError(f"{path}, line {header}: expected '{form}', found '{lines[header - 1][:80]}'")
+        raise UserError(f"{path}, line {header}: expected '{form}', "
+                        f"found '{lines[header - 1][:80]}'")
     for number, line in enumerate(lines[header:], header + 1):
         try:
             found += [parse(*line.split())] if line.strip() else []
         except (ValueError, TypeError, OverflowError):      # no int64, or another number of words
-            raise UserError(f"{path}, line {number}: expected '{form}', found '{line[:80]}'") from None
+            raise UserError(f"{path}, line {number}: expected '{form}', "
+                            f"found '{line[:80]}'") from None
     return found
 
 
@@ -166,7 +168,8 @@ def inshop(root):
     top = path.parent.parent if path.parent.name in ("Eval", "Anno") else path.parent
     images = find(top, "inshop", "Img/img", "img", "Img/img_highres", "img_highres")
     found = read_list(path, "image_name item_id evaluation_status", lambda name, item, status: (
-        str(images / name.removeprefix("img/")), np.int64(item.removeprefix("id_")), status), header=2)
+        str(images / name.removeprefix("img/")), np.int64(item.removeprefix("id_")), status),
+        header=2)
     splits = [[(image, label) for image, label, status in found if status == part]
               for part in Splits._fields]
     said, kept = path.read_text("utf-8-sig", "surrogateescape").split()[0], sum(map(len, splits))
@@ -222,7 +225,7 @@ def df2_items(path):
 
 def read_folder(root):
     """The split of one folder a class, and the name of each image's class."""
-    def visible(path):              # by-products of other programs begin with a dot, or lie in __MACOSX
+    def visible(path):      # by-products of other programs begin with a dot, or lie in __MACOSX
         inside = Path(path).relative_to(root).parts
         hidden = any(part.startswith((".", "__MACOSX")) for part in inside)
         return path.lower().endswith(IMG_EXTENSIONS) and not hidden
@@ -232,16 +235,16 @@ def read_folder(root):
         raise missing("folder", root, error) from None
     deeper = [path for path, _ in found.samples if Path(path).parent.parent != root]
     if deeper:
-        print(f"note: {len(deeper)} images lie deeper than their class folder, such as {deeper[0]}; "
-              f"their class is the folder directly below {root}", file=sys.stderr)
+        print(f"note: {len(deeper)} images lie deeper than their class folder, such as "
+              f"{deeper[0]}; their class is the folder directly below {root}", file=sys.stderr)
     names = [found.classes[label] for _, label in found.samples]
     ids = {name: label for label, name in enumerate(sorted(set(names)))}
     return make_split([(path, ids[name]) for (path, _), name in zip(found.samples, names)]), names
 
 
 def folder(root):
-    """One folder a class: root/{train,test}/<class>/* (val/, valid/ or validation/ will do for test/),
-    or root/<class>/*, of whose classes the first half trains and the rest tests.
+    """One folder a class: root/{train,test}/<class>/* (val/, valid/ or validation/ will do for
+    test/), or root/<class>/*, of whose classes the first half trains and the rest tests.
     """
     root = Path(root)
     tests = [root / name for name in ("test", "val", "valid", "validation")]
@@ -271,8 +274,8 @@ def missing(name, root, what):
     """The error that shows what is expected under a root, and where to get it."""
     row = DATASETS[name]
     get = f"python data.py --dataset {name} --download --root {root}" if row.archive else row.page
-    return UserError(f"'{name}' is not in {root}, or not all of it ({what}); expected under --root:\n"
-                     f"{row.tree}" + (f"\nget it: {get}" if get else ""))
+    return UserError(f"'{name}' is not in {root}, or not all of it ({what}); expected under "
+                     f"--root:\n{row.tree}" + (f"\nget it: {get}" if get else ""))
 
 
 # ------------------------------------------------- the table of data sets
@@ -332,14 +335,15 @@ def load(name, root="data", allow_partial=False, **options):
         have = (len(found.labels), len(found.labels.unique())) if found else (None, None)
         differs = [want not in (None, has) for want, has in zip((images, classes), have)]
         if any(differs):
-            text = (f"{name} in {root}: the {part} split has {have[0]} images of {have[1]} classes, "
-                    f"expected {images or 'any number'} of {classes or 'any number'}")
+            text = (f"{name} in {root}: the {part} split has {have[0]} images of {have[1]} "
+                    f"classes, expected {images or 'any number'} of {classes or 'any number'}")
             if (differs[0] or row.sure) and not allow_partial:
                 raise UserError(text + "; --allow-partial uses it all the same")
             print(f"warning: {text}", file=sys.stderr)
     shared = set(splits.train.labels.tolist()) & set(splits.query.labels.tolist())
     if row.counts and shared:
-        raise UserError(f"{name} in {root}: class {min(shared)} is in the training and the test list")
+        raise UserError(f"{name} in {root}: class {min(shared)} is in the training and the test "
+                        "list")
     refuse_hopeless(splits, f"{name} in {root}")
     return splits
 
@@ -365,8 +369,8 @@ def refuse_hopeless(splits, where):
     trained, classes = len(splits.train.labels.unique()), len(searched.unique())
     if min(trained, classes) < 2 or len(searched) < 3 or found == 0:
         raise UserError(f"{where}: there are {trained} classes to train on, {classes} classes of "
-                        f"{len(searched)} images to search, and {found} queries with an image of their "
-                        "class to find; at least 2, 2 of 3, and 1 are needed")
+                        f"{len(searched)} images to search, and {found} queries with an image of "
+                        "their class to find; at least 2, 2 of 3, and 1 are needed")
 
 
 def names(splits):
@@ -400,7 +404,8 @@ def describe(splits):
     single = int((splits.train.labels.unique(return_counts=True)[1] == 1).sum())
     if single:
         yield f"train    {single:7} classes of one image: batches repeat it"
-    yield f"gallery  {'never the queries' if splits.gallery else 'the queries, each without itself'}"
+    yield "gallery  " + ("never the queries" if splits.gallery else
+                         "the queries, each without itself")
     alone = int((~matches(splits)).sum())
     if alone:
         yield f"query    {alone:7} without any match in the gallery: they count as misses"
@@ -455,7 +460,7 @@ def open_image(item, size=None, cut=None, box=None):
 
 
 def clamp(box, width, height):
-    """The part of a box (4,) inside the image; the whole image where nothing is left, or box is None."""
+    """The part of a box (4,) inside the image; the whole image if nothing is left, or for None."""
     if box is not None:
         x0, y0, x1, y1 = box.tolist()
         x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
@@ -485,20 +490,21 @@ def augmentation(recipe):
     """(how a training image is cut, its transform): PIL image -> (3, S, S) uint8.
 
     "paper" is timm's rand-m9-mstd0.5 as near as torchvision comes: each of two operations with
-    probability 0.5, at 9/10 of its range (bin 27 of 31), without noise on the magnitude; erased areas
-    get ImageNet's mean. "light" suits small images and follows a batch at a time, see `light`; "none"
-    only resizes.
+    probability 0.5, at 9/10 of its range (bin 27 of 31), without noise on the magnitude; erased
+    areas get ImageNet's mean. "light" suits small images and follows a batch at a time, see
+    `light`; "none" only resizes.
     """
     if recipe in ("light", "none"):
         return whole_image, pil_to_tensor
     operation = v2.RandomApply([v2.RandAugment(num_ops=1, magnitude=27)], p=0.5)
-    return random_part, v2.Compose([v2.RandomHorizontalFlip(), operation, operation, v2.PILToTensor(),
-                                    v2.RandomErasing(p=0.2, value=(124, 116, 104))])
+    return random_part, v2.Compose([
+        v2.RandomHorizontalFlip(), operation, operation, v2.PILToTensor(),
+        v2.RandomErasing(p=0.2, value=(124, 116, 104))])
 
 
 def light(x, u):
-    """Turns (15 degrees), scales (10 %), shifts (10 %) and tints (20 %) each of x (B, 3, S, S) uint8 by
-    the random u (B, 7) in 0..1.
+    """Turns (15 degrees), scales (10 %), shifts (10 %) and tints (20 %) each of x (B, 3, S, S)
+    uint8 by the random u (B, 7) in 0..1.
 
     It is torchvision's RandomAffine and ColorJitter for a whole batch: image by image they take as
     long as a small network's step.
@@ -523,9 +529,9 @@ def grey(x):
 class Images(torch.utils.data.Dataset):
     """(image (3, size, size) uint8, label) of each image of a split.
 
-    In training the image is augmented by the recipe. Its key is then (index, seed): everything random
-    comes from that seed alone, whichever worker draws it. Otherwise the key is the index, and the
-    image is resized; for "paper" it is the centre crop of a resize to 256/224 of the size.
+    In training the image is augmented by the recipe. Its key is then (index, seed): everything
+    random comes from that seed alone, whichever worker draws it. Otherwise the key is the index,
+    and the image is resized; for "paper" it is the centre crop of a resize to 256/224 of the size.
     """
 
     def __init__(self, split, size, recipe, training=False):
@@ -541,7 +547,7 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, key):
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys):                       # what a DataLoader asks for: a batch at once
+    def __getitems__(self, keys):                   # what a DataLoader asks for: a batch at once
         keys = keys if self.training else [(i, None) for i in keys]
         read = [self.read(i, seed) for i, seed in keys]
         x = torch.stack([image for image, _ in read])                               # (B, 3, S, S)
@@ -564,20 +570,20 @@ class ClassBalancedSampler(torch.utils.data.Sampler):
     """Batches of batch_size / m distinct classes, m images each; N // batch_size of them an epoch.
 
     Classes come from a shuffled deck that is dealt out before it is shuffled again. Of a class with
-    n >= m images m different ones are drawn; a smaller one gives all n, then m - n of them once more.
-    Over `world` processes each rank gets its consecutive share of every batch. The same seed and
-    epoch give the same batches; call set_epoch before each epoch.
+    n >= m images m different ones are drawn; a smaller one gives all n, then m - n of them once
+    more. Over `world` processes each rank gets its consecutive share of every batch. The same seed
+    and epoch give the same batches; call set_epoch before each epoch.
     """
 
     def __init__(self, labels, batch_size, images_per_class=4, seed=0, rank=0, world=1):
         classes, counts = labels.unique(return_counts=True)
         if batch_size % images_per_class or batch_size % world:
-            raise UserError(f"batch size {batch_size} must be a multiple of {images_per_class} images "
-                            f"per class and of {world} processes")
+            raise UserError(f"batch size {batch_size} must be a multiple of {images_per_class} "
+                            f"images per class and of {world} processes")
         if batch_size // images_per_class > len(classes) or batch_size > len(labels):
-            raise UserError(f"batch size {batch_size} with {images_per_class} images per class needs "
-                            f"{batch_size // images_per_class} classes and {batch_size} images, the "
-                            f"training split has {len(classes)} and {len(labels)}")
+            raise UserError(f"batch size {batch_size} with {images_per_class} images per class "
+                            f"needs {batch_size // images_per_class} classes and {batch_size} "
+                            f"images, the training split has {len(classes)} and {len(labels)}")
         self.by_class = labels.argsort(stable=True).split(counts.tolist())      # (n,) indices each
         self.batch_size, self.m, self.seed, self.epoch = batch_size, images_per_class, seed, 0
         self.length, share = len(labels) // batch_size, batch_size // world
@@ -627,8 +633,8 @@ class Seeded(torch.utils.data.Sampler):
 
 
 def loader(images, workers=0, **options):
-    """A DataLoader of Images whose workers stay alive. It has a generator of its own, since from the
-    global one it would draw as often as workers start, and a network's dropout would depend on that.
+    """A DataLoader of Images whose workers stay alive. It has a generator of its own: it draws as
+    often as workers start, and from the global one a network's dropout would depend on that.
     """
     return torch.utils.data.DataLoader(images, num_workers=workers, persistent_workers=workers > 0,
                                        generator=torch.Generator(), **options)
@@ -650,7 +656,7 @@ def check(split):
 
 def number(kind, low, above=False, below=math.inf):
     """An argparse type: an int or a float from `low` on, or only above it, and below `below`."""
-    def number(text):                       # argparse puts this name into "invalid number value: 'two'"
+    def number(text):               # argparse puts this name into "invalid number value: 'two'"
         value = kind(text)
         if not (low < value if above else low <= value) or not value < below:
             limits = f"{'above' if above else 'at least'} {low}"
@@ -662,9 +668,12 @@ def number(kind, low, above=False, below=math.inf):
 
 def add_flags(add, default=None):
     """The flags that say which data, for every script."""
-    add("--dataset", choices=DATASETS, default=default, help="its preset sets train.py's 'preset' flags")
-    add("--root", default="data" if default else None, help="the folder with the unpacked archive (data)")
-    add("--allow-partial", action="store_true", help="only warn where counts differ from the official")
+    add("--dataset", choices=DATASETS, default=default,
+        help="its preset sets train.py's 'preset' flags")
+    add("--root", default="data" if default else None,
+        help="the folder with the unpacked archive (data)")
+    add("--allow-partial", action="store_true",
+        help="only warn where counts differ from the official")
     add("--test-list", choices=("small", "medium", "large"), default="small" if default else None,
         help="vehicleid: 800, 1600 or 2400 vehicles to test on (small)")
     add("--df2-labels", choices=("paper", "official"), default="paper" if default else None,
@@ -676,7 +685,7 @@ def add_flags(add, default=None):
 
 
 def download(name, root):
-    """Fetches a data set's archive, checks it and unpacks it below root, unless its lists are there."""
+    """Fetches and checks an archive and unpacks it below root, unless the lists are there."""
     row, root = DATASETS[name], Path(root)
     if not row.archive:
         raise UserError(f"--download: '{name}' cannot be fetched by a program; "
@@ -691,13 +700,15 @@ def download(name, root):
     try:
         download_and_extract_archive(address, root, md5=md5, remove_finished=True)
     except Exception as error:                      # the network and the unpacker raise anything
-        raise UserError(f"--download: {address} could not be fetched to {archive} ({error})") from None
+        raise UserError(f"--download: {address} could not be fetched to {archive} "
+                        f"({error})") from None
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="What a data set's lists say.", allow_abbrev=False)
     add_flags(parser.add_argument, "synthetic")
-    parser.add_argument("--check", action="store_true", help="open every image and list the bad ones")
+    parser.add_argument("--check", action="store_true",
+                        help="open every image and list the bad ones")
     parser.add_argument("--download", action="store_true", help="fetch and unpack it first (sop)")
     return parser.parse_args(argv)
 
@@ -718,5 +729,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")       # a terminal that lacks a sign is no error
+    sys.stdout.reconfigure(errors="backslashreplace")   # a terminal that lacks a sign is no error
     main()

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The model, its embeddings, and how good they are: Recall@K and MAP@R.
 
-    python eval.py runs/synthetic-axbn-ms-b16-s0/checkpoint.pt      rebuilds the model from that file
-    python eval.py CHECKPOINT --save z.npz                          keeps the embeddings and labels
-    python eval.py z.npz                                            scores such a file, whoever made it
+    python eval.py runs/synthetic-axbn-ms-b16-s0/checkpoint.pt  rebuilds the model from that file
+    python eval.py CHECKPOINT --save z.npz                      keeps the embeddings and labels
+    python eval.py z.npz                                        scores such a file, whoever made it
 
-The scores are exact. A query is left out of its own search by its index, never by its similarity. Where
-an image of another class is as near as the right one, it counts as nearer. A query without any match is
-a miss.
+The scores are exact. A query is left out of its own search by its index, never by its similarity.
+Where an image of another class is as near as the right one, it counts as nearer. A query without
+any match is a miss.
 """
 import argparse
 import importlib
@@ -35,8 +35,8 @@ FORMAT = 4              # of train.py's checkpoints
 # ------------------------------------------------- Recall@K and MAP@R
 
 def search(z, y, gallery_z=None, gallery_y=None, chunk=128):
-    """Yields, for `chunk` queries at a time, their similarities to what is searched, as two matrices
-    (b, G): those of the positives and those of the negatives, with -inf everywhere else.
+    """Yields, for `chunk` queries at a time, their similarities to what is searched, as two
+    matrices (b, G): those of the positives and those of the negatives, with -inf everywhere else.
 
     z (Q, D), y (Q,): the queries' embeddings, compared by cosine, and labels. gallery_z (G, D),
     gallery_y (G,): what is searched; None: the queries, each without itself.
@@ -44,8 +44,9 @@ def search(z, y, gallery_z=None, gallery_y=None, chunk=128):
     itself, z = gallery_z is None, normalize(z).float()                                 # (Q, D)
     gallery_z, gallery_y = (z, y) if itself else (normalize(gallery_z).float(), gallery_y)
     if not (z.isfinite().all() and gallery_z.isfinite().all()):
-        raise data.UserError("the embeddings hold NaN or infinity, so no neighbour is nearest; if the "
-                             "weights have diverged, train again with a lower --lr, or --amp off")
+        raise data.UserError("the embeddings hold NaN or infinity, so no neighbour is nearest; if "
+                             "the weights have diverged, train again with a lower --lr, or --amp "
+                             "off")
     for rows in torch.arange(len(y), device=y.device).split(chunk):                     # (b,)
         sim = z[rows] @ gallery_z.T                                                     # (b, G)
         same = y[rows, None] == gallery_y                               # (b, G) True: same class
@@ -57,7 +58,7 @@ def search(z, y, gallery_z=None, gallery_y=None, chunk=128):
 
 
 def first_rank(positives, negatives):
-    """Rank of each query's nearest positive, from 1: (b, G), (b, G) -> (b,). Infinite without any."""
+    """Rank of each query's nearest positive, from 1: (b, G), (b, G) -> (b,); infinite if none."""
     nearest = positives.amax(1, keepdim=True)                                           # (b, 1)
     nearer = (negatives >= nearest).sum(1)                              # (b,) a tie counts against
     return (1.0 + nearer).masked_fill(nearest[:, 0] == -torch.inf, torch.inf)
@@ -80,9 +81,9 @@ def average_precision(positives, negatives):
 
 @torch.no_grad()
 def scores(query, gallery=(None, None), ks=(1, 10, 100, 1000), map_r=True):
-    """{"recall@K": share in 0..1, ..., "map@r": ...} of queries and gallery as (z, y); see `search`."""
+    """{"recall@K": share in 0..1, "map@r": ...} of queries and gallery as (z, y); see `search`."""
     ranks, precision = [], []
-    with torch.autocast(query[0].device.type, enabled=False):   # 16-bit similarities change the ranks
+    with torch.autocast(query[0].device.type, enabled=False):       # 16 bits would change the ranks
         for positives, negatives in search(*query, *gallery):
             ranks += first_rank(positives, negatives).tolist()
             precision += average_precision(positives, negatives).tolist() if map_r else []
@@ -122,7 +123,7 @@ def torchvision_backbone(name):
 
 
 def own_backbone(name, size):
-    """(the network that MODULE:FUNCTION returns, width of its features of images (B, 3, size, size))."""
+    """(the network that MODULE:FUNCTION returns, width of its features of images (B, 3, S, S))."""
     module, _, function = name.partition(":")
     sys.path.append(os.getcwd())
     try:
@@ -151,11 +152,11 @@ def kept_buffers(model):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, S, S) uint8 -> embeddings (B, D), not normalised: backbone, then one linear `head`.
+    """Images (B, 3, S, S) uint8 -> embeddings (B, D), not normalised: backbone and linear `head`.
 
-    frozen_bn: batch norm keeps its stored statistics while the network trains. chunk: the activations
-    of at most so many images are kept; the others are computed anew on the way back (GradCache,
-    arXiv 2101.06983). 0: all are kept.
+    frozen_bn: batch norm keeps its stored statistics while the network trains. chunk: the
+    activations of at most so many images are kept; the others are computed anew on the way back
+    (GradCache, arXiv 2101.06983). 0: all are kept.
     """
 
     def __init__(self, backbone, dim, frozen_bn=False, chunk=0, image_size=224):
@@ -182,8 +183,8 @@ class Encoder(nn.Module):
         parts = x.tensor_split(-(-len(x) // self.chunk)) if self.chunk else [x]     # of one size
         if len(parts) == 1:
             return self.backbone((x - self.mean) / self.std)
-        # Computed anew on the way back, from the same random numbers; batch norm's statistics, which
-        # are a chunk's, move the first time only.
+        # Computed anew on the way back, from the same random numbers; batch norm's statistics,
+        # which are a chunk's, move the first time only.
         return torch.cat([checkpoint(self.features, part, use_reentrant=False, context_fn=lambda: (
             nullcontext(), kept_buffers(self))) for part in parts])
 
@@ -194,8 +195,8 @@ class Encoder(nn.Module):
 def load_weights(encoder, backbone, weights):
     """Fill the encoder's backbone; weights: "none", "imagenet" (torchvision's best) or a file.
 
-    The file holds a state_dict, perhaps under "state_dict" or "model"; the names in it may begin with
-    what DataParallel, DDP or another encoder put there.
+    The file holds a state_dict, perhaps under "state_dict" or "model"; the names in it may begin
+    with what DataParallel, DDP or another encoder put there.
     """
     if weights == "none":
         return
@@ -203,8 +204,9 @@ def load_weights(encoder, backbone, weights):
         try:
             state = torchvision.models.get_model(backbone, weights="DEFAULT").state_dict()
         except Exception as error:      # no network, no such weights, a torn download
-            raise data.UserError(f"--weights imagenet: those of {backbone} cannot be had ({error}); use "
-                                 "--weights FILE, a state_dict saved elsewhere, or none") from None
+            raise data.UserError(
+                f"--weights imagenet: those of {backbone} cannot be had ({error}); use --weights "
+                "FILE, a state_dict saved elsewhere, or none") from None
     else:
         state = load_file(weights)
         for name in ("state_dict", "model"):
@@ -285,7 +287,7 @@ def embed(model, split, settings, device="cpu", workers=0):
 
 
 def embed_test(model, splits, settings, device="cpu", workers=0):
-    """[(z, y) of the queries, (z, y) of the gallery]; (None, None) where the queries are the gallery."""
+    """[(z, y) of the queries, (z, y) of the gallery]; (None, None) if queries are the gallery."""
     return [embed(model, part, settings, device, workers) if part else (None, None)
             for part in (splits.query, splits.gallery)]
 
@@ -300,7 +302,7 @@ def usable_ks(ks, query, gallery=None):
 
 
 def save_embeddings(path, splits, query, gallery, ks):
-    """Writes the embeddings, labels and relative names of the queries, and of a gallery; and the K."""
+    """Writes embeddings, labels and relative names of the queries, and of a gallery; and the K."""
     arrays, names = {"ks": ks}, data.names(splits)
     for name, (z, y) in (("query", query), ("gallery", gallery)):
         if z is not None:
@@ -310,14 +312,15 @@ def save_embeddings(path, splits, query, gallery, ks):
 
 
 def read_embeddings(path):
-    """([(z, y) of the queries, (z, y) of the gallery, or (None, None)], the K or None) of a file."""
+    """([(z, y) of the queries, (z, y) of the gallery or (None, None)], the K or None) of a file."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if not name.endswith("_names")}
         found = [(None, None), (None, None)]
         for k, name in enumerate(("query", "gallery")[:1 + ("gallery" in arrays)]):
             z, y = arrays.pop(name), arrays.pop(f"{name}_labels")
-            if z.ndim != 2 or z.dtype.kind != "f" or y.shape != z.shape[:1] or y.dtype.kind not in "iu":
+            fits = z.ndim == 2 and y.shape == z.shape[:1]
+            if not fits or z.dtype.kind != "f" or y.dtype.kind not in "iu":
                 raise ValueError(f"{name} must be floats (N, D) and {name}_labels integers (N,), "
                                  f"found {z.dtype} {z.shape} and {y.dtype} {y.shape}")
             found[k] = torch.from_numpy(z.astype(np.float32)), torch.from_numpy(y.astype(np.int64))
@@ -338,11 +341,12 @@ def usable_device(name, parser):
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {name} cannot be used ({str(error).splitlines()[0]}); --device cpu can")
+        parser.error(f"--device {name} cannot be used ({str(error).splitlines()[0]}); "
+                     "--device cpu can")
 
 
 def default_workers(device):
-    """One process a core for a GPU, at most 16; on a CPU the network's own threads use every core."""
+    """One process a core for a GPU, at most 16; on a CPU the network's threads use every core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return 0 if device == "cpu" else min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -363,7 +367,8 @@ def parse_args(argv=None):
     if args.save and args.file.suffix == ".npz":
         parser.error(f"--save {args.save}: {args.file} holds embeddings already")
     if args.save and (args.save.suffix != ".npz" or not args.save.absolute().parent.is_dir()):
-        parser.error(f"--save {args.save}: expected a name that ends in .npz, in a folder that exists")
+        parser.error(f"--save {args.save}: expected a name that ends in .npz, in a folder that "
+                     "exists")
     return args
 
 
@@ -378,10 +383,11 @@ def evaluate_checkpoint(args):
     options = data.DATASETS[settings["dataset"]].options
     wished = "dataset" in given and differs & {"dataset", "root"} or differs & set(options)
     if not wished and data.fingerprint(splits) != state["data"]:
-        raise data.UserError(f"{args.file}: was made with other data than lie in {settings['root']}: "
-                             "their names or labels differ (--dataset with another --root scores others)")
-    model.to(args.device)
-    return settings["dataset"], splits, embed_test(model, splits, settings, args.device, args.workers)
+        raise data.UserError(
+            f"{args.file}: was made with other data than lie in {settings['root']}: their names or "
+            "labels differ (--dataset with another --root scores others)")
+    found = embed_test(model.to(args.device), splits, settings, args.device, args.workers)
+    return settings["dataset"], splits, found
 
 
 def run(args):
@@ -410,5 +416,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")       # a terminal that lacks a sign is no error
+    sys.stdout.reconfigure(errors="backslashreplace")   # a terminal that lacks a sign is no error
     main()

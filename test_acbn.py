@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tests: pytest -q test_acbn.py. Twins: float64 loops in numpy, a deque, brute force, plain autograd.
+"""Tests: pytest -q test_acbn.py. Twins: float64 numpy loops, a deque, brute force, plain autograd.
 
 In the order of the files, and in each from the equations to what is built of them.
 """
@@ -48,16 +48,18 @@ import train
 from acbn import METHODS, CrossBatchLoss, CrossBatchMemory
 
 HERE = Path(__file__).parent
-LOSSES = (acbn.multi_similarity_loss, acbn.supcon_loss, acbn.mined_supcon_loss, acbn.contrastive_loss)
+LOSSES = (acbn.multi_similarity_loss, acbn.supcon_loss, acbn.mined_supcon_loss,
+          acbn.contrastive_loss)
 ADAPTING = ("xbn", "ema", "axbn")
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32,
-            torch.uint64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16,
+            torch.uint32, torch.uint64)
 torch.set_num_threads(1)
 
 
 def rows(n, d, seed=0, dtype=torch.float64):
     """n random unit rows (n, d)."""
-    return F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=1)
+    return F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed),
+                                   dtype=dtype), dim=1)
 
 
 def case(B=12, N=40, classes=5, seed=0, dtype=torch.float64):
@@ -125,8 +127,8 @@ class Called(Exception):
     pass
 
 
-NEEDS = {"moments": ADAPTING, "match_moments": ADAPTING, "kalman_gain": ("axbn",), "pair_masks": METHODS,
-         "normalize": METHODS, "multi_similarity_pairs": METHODS}
+NEEDS = {"moments": ADAPTING, "match_moments": ADAPTING, "kalman_gain": ("axbn",),
+         "pair_masks": METHODS, "normalize": METHODS, "multi_similarity_pairs": METHODS}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -158,7 +160,8 @@ def test_eq6_moments_and_matching_equal_a_float64_loop():
 def test_eq6_matched_moments_are_the_target_at_any_scale_and_twice_is_once(seed):
     rng = np.random.default_rng(seed)
     scale = 10.0 ** rng.uniform(-20, 20)
-    z, target = (torch.tensor((rng.normal(size=(n, 5)) + rng.normal(size=5)) * scale) for n in (60, 9))
+    z, target = (torch.tensor((rng.normal(size=(n, 5)) + rng.normal(size=5)) * scale)
+                 for n in (60, 9))
     once = acbn.match_moments(z, *acbn.moments(target))
     for got, expected in zip(acbn.moments(once), acbn.moments(target)):
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11 * scale)
@@ -174,8 +177,9 @@ def test_eq6_is_batch_norm_of_the_memory():
 
 
 def test_eq12_recovers_a_diagonal_affine_drift():
-    z, A, b = rows(100, 6), torch.rand(6, dtype=torch.float64) + 0.5, torch.randn(6, dtype=torch.float64)
-    drifted = A * z + b                                                             # z' = A z + b, Eq. 7
+    z = rows(100, 6)
+    A, b = torch.rand(6, dtype=torch.float64) + 0.5, torch.randn(6, dtype=torch.float64)
+    drifted = A * z + b                                                     # z' = A z + b, Eq. 7
     torch.testing.assert_close(acbn.match_moments(z, *acbn.moments(drifted)), drifted)
 
 
@@ -190,8 +194,9 @@ def test_eq6_constant_dimension_has_no_deviation_and_a_small_one_is_kept(constan
     out = acbn.match_moments(z, torch.full((4,), 0.25), torch.ones(4))              # shifted only
     torch.testing.assert_close(out[:, 1], torch.full((30000,), 0.25), rtol=0,
                                atol=1e-6 * max(1, abs(constant)))
-    kept = acbn.match_moments(z, torch.full((4,), 0.25), torch.tensor([1.0, 1, 0, 1]))      # the same
-    torch.testing.assert_close(kept[:, 2].double().std(), z[:, 2].double().std(), rtol=0.1, atol=1e-7)
+    kept = acbn.match_moments(z, torch.full((4,), 0.25), torch.tensor([1.0, 1, 0, 1]))  # the same
+    torch.testing.assert_close(kept[:, 2].double().std(), z[:, 2].double().std(),
+                               rtol=0.1, atol=1e-7)
 
 
 def test_eq6_one_row_has_no_deviation_and_is_shifted():
@@ -202,7 +207,8 @@ def test_eq6_one_row_has_no_deviation_and_is_shifted():
 
 # ------------------------------------------------- the filter, Eqs. 18-22 and Algorithm 1
 
-@pytest.mark.parametrize("q, r", [(1.0, 0.01 / 64), (1e-3, 0.03), (0.0, 0.1), (3e7, 2e-9), (0.5, 0.0)])
+@pytest.mark.parametrize("q, r",
+                         [(1.0, 0.01 / 64), (1e-3, 0.03), (0.0, 0.1), (3e7, 2e-9), (0.5, 0.0)])
 def test_alg1_lines_1_to_3_equal_a_float_loop_and_reach_the_fixed_point(q, r):
     p, twin, single = 1.0, 1.0, torch.ones(())
     for _ in range(500):
@@ -214,11 +220,11 @@ def test_alg1_lines_1_to_3_equal_a_float_loop_and_reach_the_fixed_point(q, r):
         assert p == pytest.approx(twin, rel=1e-12) and K == pytest.approx(gain, rel=1e-12)
         assert K_single.item() == pytest.approx(gain, rel=1e-5) and 0 <= p <= r + 1e-15 * prior
     if q:
-        fixed = (math.sqrt(q * q + 4 * q * r) - q) / 2              # the root of p = (p + q) r / (p + q + r)
+        fixed = (math.sqrt(q * q + 4 * q * r) - q) / 2  # the root of p = (p + q) r / (p + q + r)
         assert p == pytest.approx(fixed, rel=1e-6, abs=1e-8)
         assert K == pytest.approx((fixed + q) / (fixed + q + r), rel=1e-9)
     else:
-        assert 1 / p == pytest.approx(1 + 500 / r, rel=1e-9)        # a plain average: precisions add up
+        assert 1 / p == pytest.approx(1 + 500 / r, rel=1e-9)    # a plain average: precisions add up
 
 
 def test_alg1_published_values_give_a_gain_above_0_999():
@@ -230,7 +236,7 @@ def test_alg1_published_values_give_a_gain_above_0_999():
 
 
 def axbn_twin(batches, M, q, r, interval):
-    """Algorithm 1 row by row in float64: the stored rows, oldest first, after all batches, and the filter."""
+    """Algorithm 1 row by row in float64: in the end the rows, oldest first, and the filter."""
     queue, mu, sigma, p, K = collections.deque(maxlen=M), None, None, 1.0, None
     for k, batch in enumerate(batches):
         batch = [row / math.sqrt(sum(v * v for v in row)) for row in batch]
@@ -255,7 +261,8 @@ def axbn_twin(batches, M, q, r, interval):
 def test_alg1_fifty_steps_equal_a_row_by_row_twin(dtype, tolerance):
     rng = np.random.default_rng(0)
     batches = [rng.normal(size=(16, 6)) + 0.02 * k for k in range(50)]
-    criterion = CrossBatchLoss(6, 100, "axbn", process_noise=1e-3, measurement_noise=0.5, gain_interval=3)
+    criterion = CrossBatchLoss(6, 100, "axbn", process_noise=1e-3, measurement_noise=0.5,
+                               gain_interval=3)
     criterion.to(dtype)
     for batch in batches:
         criterion(torch.tensor(batch, dtype=dtype), torch.arange(16) // 4)
@@ -271,7 +278,8 @@ def test_alg1_constant_gain_is_an_exponential_average():         # App. C
         criterion(z, y)
         new = torch.stack(acbn.moments(acbn.normalize(z.detach())))
         average = new if average is None else 0.7 * average + 0.3 * new
-    torch.testing.assert_close(torch.stack([criterion.mean, criterion.std]), average, rtol=0, atol=1e-14)
+    torch.testing.assert_close(torch.stack([criterion.mean, criterion.std]), average,
+                               rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("other", [dict(method="axbn", measurement_noise=0.0),
@@ -321,7 +329,8 @@ def contrastive_twin(sim, positive, negative, margin=0.5):
 @pytest.mark.parametrize("loss, twin, factors", [
     (acbn.multi_similarity_loss, ms_twin, dict(alpha=3.0, beta=20.0, base=0.8, margin=0.3)),
     (acbn.supcon_loss, supcon_twin, dict(temperature=0.4)),
-    (acbn.mined_supcon_loss, mined_supcon_twin, dict(pos_margin=0.5, neg_margin=1.1, temperature=0.4)),
+    (acbn.mined_supcon_loss, mined_supcon_twin,
+     dict(pos_margin=0.5, neg_margin=1.1, temperature=0.4)),
     (acbn.contrastive_loss, contrastive_twin, dict(margin=0.2))])
 def test_losses_equal_float64_loops_and_every_factor_is_an_argument(loss, twin, factors):
     assert list(inspect.signature(loss).parameters) == ["sim", "positive", "negative", *factors]
@@ -329,7 +338,8 @@ def test_losses_equal_float64_loops_and_every_factor_is_an_argument(loss, twin, 
         sim, positive, negative = case(seed=seed, classes=3 + 4 * seed)
         for kwargs in ({}, factors):
             expected = twin(sim.numpy(), positive.numpy(), negative.numpy(), **kwargs)
-            assert loss(sim, positive, negative, **kwargs).item() == pytest.approx(expected, abs=1e-12)
+            assert loss(sim, positive, negative, **kwargs).item() == pytest.approx(
+                expected, abs=1e-12)
 
 
 def test_losses_of_two_points_have_closed_forms():
@@ -338,7 +348,8 @@ def test_losses_of_two_points_have_closed_forms():
     assert acbn.supcon_loss(sim, own, ~own).item() == pytest.approx(math.log(1 + math.exp(-0.5)))
     expected = math.log(1 + math.exp(-0.4)) / 2 + math.log(1 + math.exp(7.5)) / 50
     assert acbn.multi_similarity_loss(sim, own, ~own).item() == pytest.approx(expected)
-    assert acbn.multi_similarity_loss(sim - torch.tensor([0, 0.3]), own, ~own).item() == 0  # nothing is hard
+    easy = sim - torch.tensor([0, 0.3])                         # no pair is hard
+    assert acbn.multi_similarity_loss(easy, own, ~own).item() == 0
 
 
 def test_losses_pair_margin_is_a_euclidean_distance():
@@ -383,8 +394,9 @@ def test_losses_without_pairs_are_a_zero_with_a_finite_gradient(loss, missing):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_losses_do_not_overflow(dtype):
     sim, positive, negative = case(dtype=torch.float32)
-    sim = sim.masked_fill(positive, 1.0).to(dtype).requires_grad_()     # exp(50 (1 - 0.5)) is inf in float16
-    for loss, factors in zip(LOSSES, (dict(alpha=300.0, beta=900.0), dict(temperature=0.01), {}, {})):
+    sim = sim.masked_fill(positive, 1.0).to(dtype).requires_grad_()  # exp(25) is inf in float16
+    for loss, factors in zip(LOSSES,
+                             (dict(alpha=300.0, beta=900.0), dict(temperature=0.01), {}, {})):
         for kwargs in ({}, factors):
             value = loss(sim, positive, negative, **kwargs)
             assert value.isfinite() and torch.autograd.grad(value, sim)[0].isfinite().all()
@@ -409,8 +421,9 @@ SIM = case(dtype=torch.float32)
 COMPILED = {"moments": (SIM[0],), "match_moments": (SIM[0], *acbn.moments(SIM[0] + 1)),
             "kalman_gain": (torch.ones(()), 1.0, 0.01), "normalize": (SIM[0],),
             "pair_masks": (torch.arange(6) // 2, torch.arange(9) // 2, torch.arange(6)),
-            **{name: SIM for name in ("multi_similarity_pairs", "pair_margin", "multi_similarity_loss",
-                                      "supcon_loss", "mined_supcon_loss", "contrastive_loss")}}
+            **{name: SIM
+               for name in ("multi_similarity_pairs", "pair_margin", "multi_similarity_loss",
+                            "supcon_loss", "mined_supcon_loss", "contrastive_loss")}}
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -428,8 +441,8 @@ def test_normalize_gives_unit_rows_and_keeps_a_row_of_zeros(scale):
     assert (acbn.normalize(zeros) == 0).all()
     acbn.normalize(zeros).sum().backward()
     assert torch.isfinite(zeros.grad).all()
-    assert [acbn.normalize(z.to(t)).dtype for t in (torch.float16, torch.bfloat16, torch.float64)] == [
-        torch.float32, torch.float32, torch.float64]
+    assert ([acbn.normalize(z.to(t)).dtype for t in (torch.float16, torch.bfloat16, torch.float64)]
+            == [torch.float32, torch.float32, torch.float64])
 
 
 def test_pair_masks_equal_loops():
@@ -480,7 +493,7 @@ def test_memory_alone_keeps_its_place_in_its_state():
 def test_memory_excludes_the_anchors_own_slot_and_no_copy(B, dtype):
     seen, M = Recorder(), 7
     criterion = CrossBatchLoss(4, M, "xbm", seen)
-    z, y = torch.ones(B, 4, dtype=dtype), torch.zeros(B, dtype=torch.int64)     # all rows are copies
+    z, y = torch.ones(B, 4, dtype=dtype), torch.zeros(B, dtype=torch.int64)    # all rows are copies
     for k in range(5):
         criterion(z, y)
         n, kept, end = len(criterion.memory), min(B, M), B * (k + 1)
@@ -506,7 +519,7 @@ def test_memory_is_adapted_then_enqueued_then_compared():            # readings 
     for batch in z[1:]:
         criterion(batch, y)
         stored = torch.cat([acbn.match_moments(stored, *acbn.moments(batch)), batch])[-14:]
-        torch.testing.assert_close(oldest_first(criterion.memory), stored)      # adapted rows stay in store
+        torch.testing.assert_close(oldest_first(criterion.memory), stored)      # adapted rows stay
     sim = seen.sim.roll(-criterion.memory.written, 1)
     torch.testing.assert_close(sim, z[2] @ F.normalize(stored, dim=1).T)
 
@@ -524,7 +537,8 @@ def test_memory_takes_batches_of_any_size_and_rows_of_zeros(method):
     for M in (1, 12):
         criterion = CrossBatchLoss(5, M, method)
         for k, B in enumerate((1, 2, 30, 1, 12, 5, 1, 13)):
-            z = (rows(B, 5, seed=k, dtype=torch.float32) * (torch.arange(B)[:, None] != k)).requires_grad_()
+            z = (rows(B, 5, seed=k, dtype=torch.float32)
+                 * (torch.arange(B)[:, None] != k)).requires_grad_()
             loss = criterion(z, (torch.arange(B) // 2).to(INTEGERS[k]))
             loss.backward()
             assert loss.isfinite() and z.grad.isfinite().all()
@@ -546,9 +560,10 @@ def test_memory_and_loss_refuse_what_does_not_fit():
     for wrong in (dict(size=0, dim=4), dict(size=4, dim=0)):
         with pytest.raises(ValueError, match="at least 1"):
             CrossBatchMemory(**wrong)
-    for door in (CrossBatchMemory(4, 8).enqueue, *(CrossBatchLoss(4, 8, method) for method in METHODS)):
-        for z, y in (((2, 4), (2, 1)), ((2, 5), (2,)), ((2, 1), (2,)), ((2, 4), (1,)), ((0, 4), (0,)),
-                     ((4,), (4,))):
+    for door in (CrossBatchMemory(4, 8).enqueue,
+                 *(CrossBatchLoss(4, 8, method) for method in METHODS)):
+        for z, y in (((2, 4), (2, 1)), ((2, 5), (2,)), ((2, 1), (2,)), ((2, 4), (1,)),
+                     ((0, 4), (0,)), ((4,), (4,))):
             with pytest.raises(ValueError, match=r"expected embeddings \(B, 4\) and labels \(B,\)"):
                 door(torch.ones(z), torch.ones(y, dtype=torch.int64))
         with pytest.raises(ValueError, match="labels must be integers, got torch.float32"):
@@ -596,7 +611,7 @@ def frozen(criterion, y):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("method", METHODS)
 def test_autograd_is_right_twice_and_with_two_forwards_before_one_backward(method, loss):
-    """Values, gradients and second derivatives; against the memory they flow through the anchors."""
+    """Values, gradients, second derivatives; against the memory they flow through the anchors."""
     criterion = CrossBatchLoss(5, 20, method, loss).double()
     batches, ours, plain = list(drifting(5, dtype=torch.float64)), [], []
     for z, y in batches:
@@ -628,8 +643,9 @@ def test_loss_with_a_parameter_is_trained(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ranks_hold_the_same_memory_and_the_gradient_is_not_off_by_the_world_size(method):
-    """Each rank's own slice is live in the batch gathered in rank order; ranks are played one by one."""
-    one, ranks, W = CrossBatchLoss(5, 30, method), [CrossBatchLoss(5, 30, method) for _ in range(2)], 2
+    """Each rank's own slice is live in the batch gathered in rank order; the ranks take turns."""
+    one, W = CrossBatchLoss(5, 30, method), 2
+    ranks = [CrossBatchLoss(5, 30, method) for _ in range(2)]
     for k in range(5):
         z, y = rows(8, 5, seed=k, dtype=torch.float32).requires_grad_(), torch.arange(8) // 2
         loss = one(z, y)
@@ -640,7 +656,8 @@ def test_ranks_hold_the_same_memory_and_the_gradient_is_not_off_by_the_world_siz
             live = slices[rank]
             local = criterion(torch.cat(slices), y)
             (grad,) = torch.autograd.grad(W * local, live)
-            torch.testing.assert_close(grad / W, expected[4 * rank:4 * rank + 4])      # DDP divides by W
+            own = expected[4 * rank:4 * rank + 4]
+            torch.testing.assert_close(grad / W, own)           # DDP divides by W
             torch.testing.assert_close(local, loss)
             assert torch.equal(criterion.memory.embeddings, one.memory.embeddings)
 
@@ -648,10 +665,11 @@ def test_ranks_hold_the_same_memory_and_the_gradient_is_not_off_by_the_world_siz
 # ------------------------------------------------- the loss against the memory: state
 
 @pytest.mark.parametrize("bad", [(3,), (0, 1, 2, 4, 5, 6, 7), range(8)], ids=len)
-@pytest.mark.parametrize("when", [0, 1, 4])         # the first batch, the memory filling, full and wrapping
+@pytest.mark.parametrize("when", [0, 1, 4])     # the first batch, memory filling, full and wrapping
 @pytest.mark.parametrize("method", METHODS)
 def test_one_batch_that_is_not_finite_has_a_nan_loss_and_spreads_no_further(method, when, bad):
-    for size, loss, value in zip((20, 5, 20, 20), LOSSES, (torch.nan, torch.inf, -torch.inf, torch.nan)):
+    for size, loss, value in zip((20, 5, 20, 20), LOSSES,
+                                 (torch.nan, torch.inf, -torch.inf, torch.nan)):
         criterion = CrossBatchLoss(5, size, method, loss, 0.01, 1.0, gain_interval=2).double()
         for k, (z, y) in enumerate(drifting(8, dtype=torch.float64)):
             if k == when:
@@ -659,13 +677,14 @@ def test_one_batch_that_is_not_finite_has_a_nan_loss_and_spreads_no_further(meth
                 z[list(bad), 2] = value
                 assert criterion(z, y).isnan()
                 if method != "none":
-                    stored = criterion.memory.embeddings[(8 * k + torch.arange(8)) % criterion.memory.size]
+                    stored = criterion.memory.embeddings[
+                        (8 * k + torch.arange(8)) % criterion.memory.size]
                     assert size < 8 or (stored[list(bad)] == 0).all()
             else:
                 (grad,) = torch.autograd.grad(criterion(z, y), z)
                 assert grad.isfinite().all()
             assert all(v.isfinite().all() for v in criterion.state_dict().values())
-        if method == "xbn":                         # the next batch sets the moments, whatever was before
+        if method == "xbn":                 # the next batch sets the moments, whatever was before
             criterion.adapt(acbn.normalize(z.detach()))
             for got, own in zip(acbn.moments(criterion.memory.embeddings),
                                 acbn.moments(acbn.normalize(z.detach()))):
@@ -683,29 +702,31 @@ def test_state_does_not_change_in_eval_mode(method):
                 values.append(criterion(z, y).item())
         assert_same_state(criterion, before)
         loss, reference = criterion(z, y), acbn.normalize(criterion.memory.embeddings)
-        (grad,) = torch.autograd.grad(loss, z)              # of an empty memory: a zero that keeps the graph
+        (grad,) = torch.autograd.grad(loss, z)  # of an empty memory: a zero that keeps the graph
         if method == "none":
             expected = twin(z, y)
         else:
             masks, expected = acbn.pair_masks(y, criterion.memory.labels), torch.zeros(())
             if len(reference):
                 expected = criterion.loss(acbn.normalize(z) @ reference.T, *masks)
-            expected = expected + (CrossBatchLoss(5, 1, "none")(z, y) if method == "xbm+batch" else 0)
+            expected = expected + (CrossBatchLoss(5, 1, "none")(z, y)
+                                   if method == "xbm+batch" else 0)
         torch.testing.assert_close(torch.tensor(values), expected.detach().expand(3))
         assert grad.isfinite().all()
         criterion.train()
         assert torch.equal(criterion(z, y), twin(z, y) if method != "none" else expected)
 
 
-@pytest.mark.parametrize("dead", [[2], [0, 1, 2, 3, 4]])        # a dead dimension; one image drawn 8 times
+@pytest.mark.parametrize("dead", [[2], [0, 1, 2, 3, 4]])    # a dead dimension; one image 8 times
 @pytest.mark.parametrize("method", ADAPTING)
 def test_state_is_shifted_and_not_scaled_by_a_batch_constant_in_a_dimension(method, dead):
-    criterion = CrossBatchLoss(5, 24, method, process_noise=0.01, measurement_noise=1.0, momentum=0.3)
+    criterion = CrossBatchLoss(5, 24, method, process_noise=0.01, measurement_noise=1.0,
+                               momentum=0.3)
     criterion.double()
     spared = copy.deepcopy(criterion)
     batches = [(acbn.normalize(z.detach()), y) for z, y in drifting(9, dtype=torch.float64)]
     for k, (z, y) in enumerate(batches):
-        if k in (0, 4):                 # the first batch, too: no deviation of 0 is taken for an estimate
+        if k in (0, 4):         # the first batch, too: no deviation of 0 is taken for an estimate
             z = z.clone()
             z[:, dead] = z[0, dead]
             before, estimate = criterion.memory.embeddings.clone(), criterion.std.clone()
@@ -769,16 +790,18 @@ def test_state_is_written_in_place_and_copied_whole():
 
 def test_memory_warms_up_and_resets():
     settings = dict(process_noise=0.01, measurement_noise=1.0, gain_interval=2)
-    criterion, plain = CrossBatchLoss(5, 30, warmup_steps=3, **settings), CrossBatchLoss(5, 1, "none")
+    criterion = CrossBatchLoss(5, 30, warmup_steps=3, **settings)
+    plain = CrossBatchLoss(5, 1, "none")
     for _ in range(2):
         assert all(torch.equal(a, b) for ours, own in zip(run(criterion, 3), run(plain, 3))
                    for a, b in zip(ours, own))
         assert len(criterion.memory) == 0
-        cold = CrossBatchLoss(5, 30, **settings)                # goes on like one that had no warm-up
+        cold = CrossBatchLoss(5, 30, **settings)            # goes on like one that had no warm-up
         assert all(torch.equal(a, b) for (a, _), (b, _) in zip(run(criterion, 5), run(cold, 5)))
         assert torch.equal(criterion.mean, cold.mean) and criterion.K == cold.K
         criterion.reset()
-        assert len(criterion.memory) == 0 and not criterion.std.any() and criterion.K == criterion.p == 1
+        assert (len(criterion.memory) == 0 and not criterion.std.any()
+                and criterion.K == criterion.p == 1)
 
 
 # ------------------------------------------------- the loss against the memory: precision
@@ -803,8 +826,9 @@ def test_16_bit_inputs_and_autocast_change_nothing_but_the_inputs(method, dtype,
 @pytest.mark.parametrize("loss", [*LOSSES, Tempered()])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_host_never_waits_and_no_device_is_mixed(method, loss, monkeypatch):
-    """torch's meta device has no values: any read by the host raises, and any tensor left on the CPU."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())   # it refuses "meta"
+    """torch's meta device has no values: reads by the host and tensors left on the CPU raise."""
+    monkeypatch.setattr(torch, "autocast",                      # which refuses "meta"
+                        lambda *_, **__: contextlib.nullcontext())
     criterion = CrossBatchLoss(5, 20, method, copy.deepcopy(loss), warmup_steps=1).to("meta")
     for mode in (criterion.train, criterion.eval):
         mode()
@@ -818,11 +842,12 @@ def fake_cuda_works():
         return torch.ones(2, device="cuda")[:, None].ndim == 2
 
 
-needs_fake_cuda = pytest.mark.skipif(not fake_cuda_works(), reason="needs a newer torch, or a GPU's driver")
+needs_fake_cuda = pytest.mark.skipif(not fake_cuda_works(),
+                                     reason="needs a newer torch, or a GPU's driver")
 
 
 class OneDevice(TorchDispatchMode):
-    """Fails where an operation takes tensors of two devices; keeps what the host reads, and answers it."""
+    """Fails where an operation takes tensors of two devices; keeps and answers the host's reads."""
 
     def __init__(self):
         super().__init__()
@@ -844,7 +869,8 @@ def test_fake_cuda_tensors_meet_no_cpu_tensor_and_are_never_read(method, loss):
     """Unlike the meta device, torch's fake tensors tell a scalar that the CPU hands to a GPU."""
     with FakeTensorMode():
         with torch.device("cuda"):
-            criterion = CrossBatchLoss(5, 20, method, loss() if loss is Tempered else loss, warmup_steps=1)
+            criterion = CrossBatchLoss(5, 20, method, loss() if loss is Tempered else loss,
+                                       warmup_steps=1)
         z, y = torch.randn(8, 5, device="cuda"), torch.randint(4, (8,), device="cuda")
         with OneDevice() as seen:
             for mode in (criterion.train, criterion.train, criterion.train, criterion.eval):
@@ -891,7 +917,8 @@ def test_properties_of_any_memory_and_loss(seed):
     rng = np.random.default_rng(seed)
     B, M, D, classes = (int(rng.integers(*span)) for span in ((2, 40), (1, 100), (1, 20), (1, 12)))
     dtype, tolerance = ((torch.float32, 1e-3), (torch.float64, 1e-9))[seed % 2]
-    z = torch.tensor(rng.normal(size=(int(rng.integers(1, 9)), B, D)) + rng.normal(size=D), dtype=dtype)
+    z = torch.tensor(rng.normal(size=(int(rng.integers(1, 9)), B, D)) + rng.normal(size=D),
+                     dtype=dtype)
     y = torch.tensor(rng.integers(-classes, classes, z.shape[:2]) * int(rng.integers(1, 2 ** 40)))
     scale, method, loss = 10.0 ** rng.uniform(-8, 15), METHODS[seed % 6], LOSSES[seed // 6]
     plain, scaled = (CrossBatchLoss(D, M, method, loss, 0.01, 0.1, gain_interval=2).to(dtype)
@@ -902,7 +929,7 @@ def test_properties_of_any_memory_and_loss(seed):
         a, b = plain(batch, labels), scaled(batch.detach() * scale, labels)
         (gradient,) = torch.autograd.grad(a, batch)
         assert a.isfinite() and a >= -tolerance and gradient.isfinite().all()
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)       # length does not matter
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)    # length does not matter
         queue.extend(labels.tolist())
         if method != "none":
             assert oldest_first(plain.memory, plain.memory.labels).tolist() == list(queue)
@@ -924,8 +951,8 @@ def test_acbn_imports_torch_alone():
     (acbn.match_moments, ("Eq. 7", "Eq. 11", "Eq. 12", "Eqs. 6 and 23")),
     (acbn.kalman_gain, ("line 1", "line 2, Eq. 20", "line 3")),
     (acbn.pair_margin, ("Sec. 5.1",)),
-    (CrossBatchLoss, ("App. C", "Sec. 3.1", "Sec. 3.2.1", "Sec. 5.1", "lines 1-3", "line 4", "line 5",
-                      "Lines 6-9"))])
+    (CrossBatchLoss, ("App. C", "Sec. 3.1", "Sec. 3.2.1", "Sec. 5.1", "lines 1-3", "line 4",
+                      "line 5", "Lines 6-9"))])
 def test_equations_are_cited_where_they_are_computed(place, words):
     assert all(word in inspect.getsource(place) for word in words)
 
@@ -953,7 +980,7 @@ def test_losses_equal_pytorch_metric_learning():
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(*(torch.autograd.grad(v, z)[0] for v in (value, expected)),
                                    rtol=1e-5, atol=1e-6)
-    # Its contrastive loss of a negative is sim - 0.5, XBM's is sim: another value with the same gradient.
+    # Its contrastive loss of a negative is sim - 0.5, XBM's is sim: only the gradient is the same.
     theirs = losses.ContrastiveLoss(1, 0.5, distance=distances.CosineSimilarity(),
                                     reducer=reducers.SumReducer())
     sim, negative = acbn.normalize(z) @ acbn.normalize(z).T, acbn.pair_masks(y, y)[1]
@@ -966,10 +993,10 @@ def test_losses_equal_pytorch_metric_learning():
 
 # ------------------------------------------------- small runs of the scripts, for many tests
 
-TINY = ("--classes 24 --max-images 4 --image-size 16 --batch-size 16 --epochs 2 --warmup-steps 3 --dim 16 "
-        "--lr 1e-3 --device cpu --workers 0").split()
-ON_REPLICA = ("--backbone conv4 --weights none --image-size 32 --dim 8 --batch-size 8 --head-epochs 1 "
-              "--memory-ratio 1 --device cpu --workers 0").split()
+TINY = ("--classes 24 --max-images 4 --image-size 16 --batch-size 16 --epochs 2 --warmup-steps 3 "
+        "--dim 16 --lr 1e-3 --device cpu --workers 0").split()
+ON_REPLICA = ("--backbone conv4 --weights none --image-size 32 --dim 8 --batch-size 8 "
+              "--head-epochs 1 --memory-ratio 1 --device cpu --workers 0").split()
 
 
 def tiny(out, *more):
@@ -977,12 +1004,14 @@ def tiny(out, *more):
 
 
 def strip(records):
-    return [{k: v for k, v in r.items() if k not in ("images_per_second", "eval_seconds")} for r in records]
+    return [{k: v for k, v in r.items() if k not in ("images_per_second", "eval_seconds")}
+            for r in records]
 
 
 def script(*command, cwd=HERE, **env):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
-                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True,
+                          text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
 
 
 def free_port():
@@ -994,7 +1023,7 @@ def free_port():
 # ------------------------------------------------- data sets
 
 def make_sop(root, train=(3, 4, 2), test=(4, 3, 1), edit=lambda text: text):
-    """A replica of Stanford Online Products with so many images of each class, odd files among them."""
+    """A replica of Stanford Online Products with so many images of each class, some of them odd."""
     base, image_id, class_id = root / "Stanford_Online_Products", 0, 0
     (base / "bicycle_final").mkdir(parents=True)
     for name, counts in (("Ebay_train.txt", train), ("Ebay_test.txt", test)):
@@ -1007,7 +1036,7 @@ def make_sop(root, train=(3, 4, 2), test=(4, 3, 1), edit=lambda text: text):
                 pixels = np.random.default_rng(class_id * 100 + k).integers(0, 60, (40, 50, 3))
                 image = Image.fromarray((pixels + 30 * (class_id % 6)).astype(np.uint8))
                 image = image.convert("L") if k == 2 else image
-                image.save(base / path, format="GIF" if k == 1 else "JPEG")         # a GIF named .JPG
+                image.save(base / path, format="GIF" if k == 1 else "JPEG")     # a GIF named .JPG
                 lines.append(f"{image_id} {class_id} 1 {path}")
         (base / name).write_text(edit("\n".join(lines) + "\n"))
     return root
@@ -1015,13 +1044,15 @@ def make_sop(root, train=(3, 4, 2), test=(4, 3, 1), edit=lambda text: text):
 
 def test_sop_replica_is_read_and_counts_are_enforced(tmp_path, capsys):
     make_sop(tmp_path)
-    with pytest.raises(data.UserError,
-                       match="train split has 9 images of 3 classes, expected 59551 .*allow-partial"):
+    with pytest.raises(data.UserError, match="train split has 9 images of 3 classes, "
+                                             "expected 59551 .*allow-partial"):
         data.load("sop", tmp_path)
     for root in (tmp_path, tmp_path / "Stanford_Online_Products"):
         splits = data.load("sop", root, allow_partial=True)
-        assert splits.train.labels.tolist() == [1] * 3 + [2] * 4 + [3] * 2 and splits.gallery is None
-        assert splits.query.labels.tolist() == [4] * 4 + [5] * 3 + [6] and len(splits.query.images) == 8
+        assert (splits.train.labels.tolist() == [1] * 3 + [2] * 4 + [3] * 2
+                and splits.gallery is None)
+        assert (splits.query.labels.tolist() == [4] * 4 + [5] * 3 + [6]
+                and len(splits.query.images) == 8)
         assert all(Path(p).exists() for p in splits.train.images + splits.query.images)
     assert "warning: sop in" in capsys.readouterr().err
     images = data.Images(splits.train, 16, "light")
@@ -1029,13 +1060,18 @@ def test_sop_replica_is_read_and_counts_are_enforced(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("edit, message", [
-    (lambda t: t.replace("image_id", "id", 1), "Ebay_train.txt, line 1: expected 'image_id class_id"),
-    (lambda t: t.replace("2 1 1 ", "2 one 1 ", 1), "Ebay_train.txt, line 3: expected .*, found '2 one 1"),
-    (lambda t: t.replace("2 1 1 ", "2 1 ", 1), "Ebay_train.txt, line 3: expected 'image_id class_id"),
-    (lambda t: t.replace("2 1 1 ", "2 " + "9" * 30 + " 1 ", 1), "Ebay_train.txt, line 3: expected 'image_id"),
+    (lambda t: t.replace("image_id", "id", 1),
+     "Ebay_train.txt, line 1: expected 'image_id class_id"),
+    (lambda t: t.replace("2 1 1 ", "2 one 1 ", 1),
+     "Ebay_train.txt, line 3: expected .*, found '2 one 1"),
+    (lambda t: t.replace("2 1 1 ", "2 1 ", 1),
+     "Ebay_train.txt, line 3: expected 'image_id class_id"),
+    (lambda t: t.replace("2 1 1 ", "2 " + "9" * 30 + " 1 ", 1),
+     "Ebay_train.txt, line 3: expected 'image_id"),
     (lambda t: "", "Ebay_train.txt, line 1"),
     (lambda t: t.splitlines()[0], "there are 0 classes to train on"),
-    (lambda t: re.sub(r"(?m)^(\d+) \d+ ", r"\1 1 ", t), "class 1 is in the training and the test list")])
+    (lambda t: re.sub(r"(?m)^(\d+) \d+ ", r"\1 1 ", t),
+     "class 1 is in the training and the test list")])
 def test_sop_faults_name_file_and_line(tmp_path, edit, message):
     make_sop(tmp_path, edit=edit)
     with pytest.raises(data.UserError, match=message):
@@ -1074,7 +1110,7 @@ def jpeg(path, seed=0, size=(60, 40)):
 
 
 def make_inshop(root, place="Eval", images="Img/img", edit=lambda text: text):
-    """A replica of In-shop Clothes Retrieval: blank-padded rows, a class with one image, 4 + 4 classes."""
+    """A replica of In-shop Clothes Retrieval: padded rows, a class of one image, 4 + 4 classes."""
     rows = []
     for item, (status, n) in enumerate([("train", 4), ("train", 1), ("train", 4), ("train", 5),
                                         ("query", 2), ("query", 1), ("query", 3), ("query", 2)], 1):
@@ -1092,7 +1128,7 @@ def make_inshop(root, place="Eval", images="Img/img", edit=lambda text: text):
 
 
 def make_df2(root, nest=False, edit=lambda anno: anno):
-    """A replica of DeepFashion2: two items an image, style 0, a box without area, pair ids that restart."""
+    """A replica of DeepFashion2: two items an image, style 0, an empty box, restarting pair ids."""
     for part in ("train", "validation"):
         base = root / part / part if nest else root / part
         for k in range(12):
@@ -1141,16 +1177,20 @@ def test_inshop_replica_in_every_layout(tmp_path, place, images):
         data.load("inshop", tmp_path)
     splits = data.load("inshop", tmp_path, allow_partial=True)
     assert splits.train.labels.tolist() == [1] * 4 + [2] + [3] * 4 + [4] * 5
-    assert splits.query.labels.tolist() == splits.gallery.labels.tolist() == [5, 5, 6, 7, 7, 7, 8, 8]
+    assert (splits.query.labels.tolist() == splits.gallery.labels.tolist()
+            == [5, 5, 6, 7, 7, 7, 8, 8])
     assert all(Path(p).exists() for part in splits for p in part.images)
     assert len({*splits.query.images, *splits.gallery.images}) == 16
 
 
 @pytest.mark.parametrize("edit, message", [
-    (lambda t: t.replace("30", "31", 1), "line 1: says 31 images, 30 of train, query or gallery follow"),
+    (lambda t: t.replace("30", "31", 1),
+     "line 1: says 31 images, 30 of train, query or gallery follow"),
     (lambda t: t.replace("image_name", "name", 1), "line 2: expected 'image_name item_id"),
-    (lambda t: t.replace(" query ", " probe ", 1), "line 1: says 30 images, 29 of train, query or gallery"),
-    (lambda t: t.replace("id_00000001 train", "id_x train", 1), "line 3: expected 'image_name item_id"),
+    (lambda t: t.replace(" query ", " probe ", 1),
+     "line 1: says 30 images, 29 of train, query or gallery"),
+    (lambda t: t.replace("id_00000001 train", "id_x train", 1),
+     "line 3: expected 'image_name item_id"),
     (lambda t: t.replace("id_00000001 train", "train", 1), "line 3: expected 'image_name item_id"),
     (lambda t: "\xff" * 9, "line 2: expected")])
 def test_inshop_faults_name_file_and_line(tmp_path, edit, message):
@@ -1168,9 +1208,12 @@ def test_df2_replica_follows_the_paper_s_rules(tmp_path, nest, capsys):
         data.load("df2", tmp_path)
     train_split, query, gallery = data.load("df2", tmp_path, allow_partial=True)
     # 24 items a part, 4 of them of style 0; of validation 8 are shops', of which 2 have style 0.
-    assert len(train_split.labels) == 20 and len(gallery.labels) == 8 and len(query.labels) == 16 - 2
-    assert not set(train_split.labels.tolist()) & set(query.labels.tolist() + gallery.labels.tolist())
-    keys = {(k // 6, 3, 1) for k in range(12)} | {(k // 6, 1 + k % 2, k // 4 % 3) for k in range(4, 12)}
+    assert (len(train_split.labels) == 20 and len(gallery.labels) == 8
+            and len(query.labels) == 16 - 2)
+    assert not (set(train_split.labels.tolist())
+                & set(query.labels.tolist() + gallery.labels.tolist()))
+    keys = ({(k // 6, 3, 1) for k in range(12)}
+            | {(k // 6, 1 + k % 2, k // 4 % 3) for k in range(4, 12)})
     assert len(train_split.labels.unique()) == len(keys)
     assert torch.isin(query.labels, gallery.labels).any()
     official = data.load("df2", tmp_path, allow_partial=True, df2_labels="official")
@@ -1184,7 +1227,8 @@ def test_df2_replica_follows_the_paper_s_rules(tmp_path, nest, capsys):
 @pytest.mark.parametrize("edit, message", [
     (lambda a: {**a, "source": "web"}, "source is 'web', not 'user' or 'shop'"),
     (lambda a: {k: v for k, v in a.items() if k != "pair_id"}, "KeyError('pair_id')"),
-    (lambda a: {**a, "item1": {**a["item1"], "bounding_box": [1, 2, 3]}}, "not enough values to unpack"),
+    (lambda a: {**a, "item1": {**a["item1"], "bounding_box": [1, 2, 3]}},
+     "not enough values to unpack"),
     (lambda a: [a], "not a DeepFashion2 annotation")])
 def test_df2_faults_name_the_annotation(tmp_path, edit, message):
     make_df2(tmp_path, edit=edit)
@@ -1195,7 +1239,8 @@ def test_df2_faults_name_the_annotation(tmp_path, edit, message):
 
 def test_vehicleid_replica_and_its_three_test_lists(tmp_path):
     make_vehicleid(tmp_path)
-    with pytest.raises(data.UserError, match="has 20 images of 5 classes, expected any number of 13164"):
+    with pytest.raises(data.UserError,
+                       match="has 20 images of 5 classes, expected any number of 13164"):
         data.load("vehicleid", tmp_path)
     for test_list, vehicles in (("small", 4), ("medium", 5), ("large", 6)):
         splits = data.load("vehicleid", tmp_path, allow_partial=True, test_list=test_list)
@@ -1219,18 +1264,22 @@ def test_check_names_missing_and_truncated_images_of_each_replica(tmp_path, name
     if name != "folder":        # a folder has what it has
         gone.unlink()
     splits = data.load(name, tmp_path, allow_partial=True)
-    with pytest.raises(SystemExit, match=f"{1 if name == 'folder' else 2} images of .* cannot be read"):
+    with pytest.raises(SystemExit,
+                       match=f"{1 if name == 'folder' else 2} images of .* cannot be read"):
         data.main(["--dataset", name, "--root", str(tmp_path), "--allow-partial", "--check"])
     out = capsys.readouterr().out
-    assert f"{cut}: cannot be read as an image" in out and (name == "folder") != (f"{gone}: " in out)
+    assert (f"{cut}: cannot be read as an image" in out
+            and (name == "folder") != (f"{gone}: " in out))
     with pytest.raises(data.UserError, match=f"{cut.name}: cannot be read as an image"):
         data.Images(splits.train, 16, "none")[splits.train.images.index(str(cut))]
 
 
 @pytest.mark.parametrize("name", ["inshop", "vehicleid"])
 def test_loaders_read_windows_line_ends(tmp_path, name):
-    MAKE[name](tmp_path / "unix"), MAKE[name](tmp_path / "windows", edit=lambda t: t.replace("\n", "\r\n"))
-    unix, windows = (data.load(name, tmp_path / end, allow_partial=True) for end in ("unix", "windows"))
+    MAKE[name](tmp_path / "unix")
+    MAKE[name](tmp_path / "windows", edit=lambda t: t.replace("\n", "\r\n"))
+    unix, windows = (data.load(name, tmp_path / end, allow_partial=True)
+                     for end in ("unix", "windows"))
     assert all(torch.equal(a.labels, b.labels) for a, b in zip(unix, windows) if a)
     assert [Path(p).name for p in unix.query.images] == [Path(p).name for p in windows.query.images]
 
@@ -1249,8 +1298,9 @@ def test_images_decoded_at_reduced_scale_look_like_the_whole_resized(tmp_path, r
     smooth = np.add.outer(np.sin(np.arange(900) / 60), np.cos(np.arange(1100) / 50))
     picture = np.stack([smooth, smooth[::-1], -smooth], 2) * 60 + 128
     Image.fromarray(picture.astype(np.uint8)).save(tmp_path / "a.jpg", quality=95)
-    Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")         # the same pixels, never decoded reduced
-    part = data.Split([str(tmp_path / "a.jpg"), str(tmp_path / "a.png")], torch.zeros(2, dtype=torch.int64),
+    Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")         # the same pixels, never reduced
+    part = data.Split([str(tmp_path / "a.jpg"), str(tmp_path / "a.png")],
+                      torch.zeros(2, dtype=torch.int64),
                       torch.tensor([[100.0, 50, 1090, 850], [100, 50, 1090, 850]]))
     for training, keys in ((False, (0, 1)), (True, ((0, 3), (1, 3)))):
         images = data.Images(part, 64, recipe if not training else "paper", training)
@@ -1258,18 +1308,20 @@ def test_images_decoded_at_reduced_scale_look_like_the_whole_resized(tmp_path, r
         a, b = (images[key][0].float() for key in keys)
         assert (a - b).abs().mean() < 2
     cut = data.open_image(part.images[1], 64, data.centre, part.boxes[1])
-    box = (100 + 95 + 50, 50 + 50, 1090 - 95 - 50, 850 - 50)       # the centre 7/8 of the box's 800 x 800
+    box = (100 + 95 + 50, 50 + 50, 1090 - 95 - 50, 850 - 50)    # the centre 7/8 of its 800 x 800
     expected = Image.open(part.images[1]).crop(box).resize((64, 64), Image.Resampling.BILINEAR)
     assert np.abs(np.asarray(cut, float) - np.asarray(expected, float)).mean() < 1
 
 
 def test_synthetic_is_drawn_from_the_seed():
     a, b, c = (data.synthetic(classes=30, max_images=5, seed=s) for s in (0, 0, 1))
-    assert (a.train.images == b.train.images).all() and not np.array_equal(a.train.images, c.train.images)
+    assert ((a.train.images == b.train.images).all()
+            and not np.array_equal(a.train.images, c.train.images))
     for split, classes in ((a.train, range(30)), (a.query, range(30, 60))):
         labels, counts = split.labels.unique(return_counts=True)
         assert labels.tolist() == list(classes) and counts.min() >= 3 and counts.max() <= 5
-        assert split.images.shape == (len(split.labels), 32, 32, 3) and split.images.dtype == np.uint8
+        assert (split.images.shape == (len(split.labels), 32, 32, 3)
+                and split.images.dtype == np.uint8)
 
 
 def test_images_of_every_kind_are_opened_as_torchvision_opens_them(tmp_path):
@@ -1303,13 +1355,15 @@ def test_transforms_give_uint8_and_depend_on_the_seed_alone(recipe):
 
 def test_light_augmentation_equals_torchvision_one_image_at_a_time():
     TF, size = v2.functional, 40
-    x = torch.tensor(data.synthetic(classes=4, image_size=size).train.images[:6]).permute(0, 3, 1, 2)
-    assert torch.equal(data.light(x, torch.full((6, 7), 0.5)), x)                      # 0.5: nothing changes
+    x = torch.tensor(
+        data.synthetic(classes=4, image_size=size).train.images[:6]).permute(0, 3, 1, 2)
+    assert torch.equal(data.light(x, torch.full((6, 7), 0.5)), x)           # 0.5: nothing changes
     u = torch.rand(6, 7, generator=torch.Generator().manual_seed(0))
-    for image, got, (angle, scale, dx, dy, *tints) in zip(x, data.light(x, u), (2 * u - 1).tolist()):
+    for image, got, (angle, scale, dx, dy, *tints) in zip(x, data.light(x, u),
+                                                          (2 * u - 1).tolist()):
         image = image.float()
         angle, scale, shift = 15 * angle, 1 + 0.1 * scale, [-0.1 * size * dx, -0.1 * size * dy]
-        # grid_sample moves what is looked at, affine what is seen: the inverse, about the shifted centre.
+        # grid_sample moves the view, affine what is seen: the inverse, about the shifted centre.
         a, (tx, ty) = math.radians(angle), shift
         c, s = scale * math.cos(a), scale * math.sin(a)
         image = TF.affine(image, -angle, [c * tx + s * ty, c * ty - s * tx], scale, [0.0, 0.0],
@@ -1331,12 +1385,12 @@ def test_sampler_deals_distinct_classes_and_images():
         sampler.set_epoch(epoch)
         for batch in sampler:
             y = LABELS[batch].view(4, 4)
-            assert (y == y[:, :1]).all() and len(y[:, 0].unique()) == 4             # 4 classes x 4 images
+            assert (y == y[:, :1]).all() and len(y[:, 0].unique()) == 4     # 4 classes x 4 images
             for group in torch.tensor(batch).view(4, 4):
                 n = int((LABELS == LABELS[group[0]]).sum())
-                assert len(group.unique()) == min(n, 4)                             # all of a small class
+                assert len(group.unique()) == min(n, 4)                     # all of a small class
             used.update(y[:, 0].tolist())
-    assert max(used.values()) - min(used.values()) <= 30                      # a deck an epoch, dealt evenly
+    assert max(used.values()) - min(used.values()) <= 30            # a deck an epoch, dealt evenly
 
 
 def test_sampler_is_seeded_and_shards_in_rank_order():
@@ -1348,8 +1402,9 @@ def test_sampler_is_seeded_and_shards_in_rank_order():
     assert batches() == batches() != batches(seed=1) and batches() != batches(epoch=1)
     shards = [batches(rank=r, world=2) for r in range(2)]
     assert [a + b for a, b in zip(*shards)] == batches()
-    for wrong, message in (((15, 4), "multiple of 4"),
-                           ((128, 4), "needs 32 classes and 128 images, the training split has 20")):
+    for wrong, message in (
+            ((15, 4), "multiple of 4"),
+            ((128, 4), "needs 32 classes and 128 images, the training split has 20")):
         with pytest.raises(data.UserError, match=message):
             data.ClassBalancedSampler(LABELS, *wrong)
     seeds = [s for epoch in range(2) for rank in range(2) for batch in
@@ -1368,9 +1423,11 @@ def test_lists_with_a_byte_order_mark_are_read_as_without(tmp_path, name):
     for root in (tmp_path / "plain", tmp_path / "marked"):
         root.mkdir()
         MAKE[name](root)
-    for path in (p for pattern in ("*.txt", "*.json") for p in (tmp_path / "marked").rglob(pattern)):
+    for path in (p for pattern in ("*.txt", "*.json")
+                 for p in (tmp_path / "marked").rglob(pattern)):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    plain, marked = (data.load(name, tmp_path / root, allow_partial=True) for root in ("plain", "marked"))
+    plain, marked = (data.load(name, tmp_path / root, allow_partial=True)
+                     for root in ("plain", "marked"))
     assert data.fingerprint(plain) == data.fingerprint(marked)
     assert all(Path(p).exists() for part in marked if part for p in part.images)
 
@@ -1378,8 +1435,9 @@ def test_lists_with_a_byte_order_mark_are_read_as_without(tmp_path, name):
 def test_folder_leaves_out_the_by_products_of_other_programs(tmp_path, capsys):
     make_folder(tmp_path)
     clean = data.fingerprint(data.load("folder", tmp_path))
-    for name in (".ipynb_checkpoints/a.jpg", "__MACOSX/class0/._0.jpg", "class0/._0.jpg", "class1/Thumbs.db",
-                 "class2/labels.csv", "class3/.ipynb_checkpoints/3.jpg", ".DS_Store"):
+    for name in (".ipynb_checkpoints/a.jpg", "__MACOSX/class0/._0.jpg", "class0/._0.jpg",
+                 "class1/Thumbs.db", "class2/labels.csv",
+                 "class3/.ipynb_checkpoints/3.jpg", ".DS_Store"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(b"no image")
     assert data.fingerprint(data.load("folder", tmp_path)) == clean
@@ -1396,7 +1454,8 @@ def test_folder_notes_classes_in_both_parts_and_images_that_lie_deeper(tmp_path,
     data.load("folder", tmp_path)
     told = capsys.readouterr().err
     assert "note: 6 of 7 test classes are also trained on" in told
-    assert f"note: 4 images lie deeper than their class folder, such as {tmp_path}/test/query/class0" in told
+    assert ("note: 4 images lie deeper than their class folder, "
+            f"such as {tmp_path}/test/query/class0") in told
     (tmp_path / "train" / "class0" / "up").symlink_to(tmp_path / "train")
     data.load("folder", tmp_path)
     assert "/train/class0/up/class" in capsys.readouterr().err  # a link to a parent
@@ -1414,8 +1473,8 @@ def test_folder_reads_train_and_val_as_train_and_test(tmp_path, test):
     ((3,), (2, 2), "1 classes to train on, 2 classes of 4 images to search, and 4 queries"),
     ((2, 2), (2,), "1 classes of 2 images to search"), ((2, 2), (5,), "1 classes of 5 images"),
     ((2, 2), (1, 1, 1), "and 0 queries with an image of their class to find")])
-def test_folder_on_which_nothing_can_be_learnt_or_measured_is_refused(tmp_path, train_counts, test_counts,
-                                                                      message):
+def test_folder_on_which_nothing_can_be_learnt_or_measured_is_refused(
+        tmp_path, train_counts, test_counts, message):
     for part, counts in (("train", train_counts), ("test", test_counts)):
         for c, n in enumerate(counts):
             for k in range(n):
@@ -1427,7 +1486,8 @@ def test_folder_on_which_nothing_can_be_learnt_or_measured_is_refused(tmp_path, 
 def test_folder_with_a_class_of_one_image_says_so(tmp_path):
     for name in ("a/0", "b/0", "b/1", "c/0", "c/1", "d/0", "d/1"):
         jpeg(tmp_path / f"{name}.jpg")
-    assert any("1 classes of one image" in line for line in data.describe(data.load("folder", tmp_path)))
+    assert any("1 classes of one image" in line
+               for line in data.describe(data.load("folder", tmp_path)))
 
 
 def test_fingerprint_knows_other_data_from_moved_ones(tmp_path):
@@ -1460,7 +1520,8 @@ def server(tmp_path):
         running.shutdown()
 
 
-def test_download_fetches_checks_and_unpacks_or_says_what_is_wrong(tmp_path, server, monkeypatch, capsys):
+def test_download_fetches_checks_and_unpacks_or_says_what_is_wrong(
+        tmp_path, server, monkeypatch, capsys):
     make_sop(tmp_path / "made")
     archive = shutil.make_archive(tmp_path / "Stanford_Online_Products", "zip", tmp_path / "made")
     md5 = hashlib.md5(Path(archive).read_bytes()).hexdigest()
@@ -1469,7 +1530,8 @@ def test_download_fetches_checks_and_unpacks_or_says_what_is_wrong(tmp_path, ser
     def archived(address, md5=md5):
         row = data.DATASETS["sop"]._replace(archive=(address, md5, "9 kB"))
         monkeypatch.setitem(data.DATASETS, "sop", row)
-    for address, checksum in ((f"{server}/{Path(archive).name}", "0" * 32), (f"{server}/none.zip", md5)):
+    for address, checksum in ((f"{server}/{Path(archive).name}", "0" * 32),
+                              (f"{server}/none.zip", md5)):
         archived(address, checksum)
         with pytest.raises(SystemExit, match="could not be fetched"):
             data.main([*flags, str(tmp_path / "bad"), "--download"])
@@ -1485,14 +1547,16 @@ def test_download_fetches_checks_and_unpacks_or_says_what_is_wrong(tmp_path, ser
 
 
 def test_missing_data_are_told_with_the_place_to_get_them(tmp_path):
-    with pytest.raises(data.UserError, match=f"python data.py --dataset sop --download --root {tmp_path}"):
+    with pytest.raises(data.UserError,
+                       match=f"python data.py --dataset sop --download --root {tmp_path}"):
         data.load("sop", tmp_path)
     with pytest.raises(data.UserError, match="get it: https://mmlab"):
         data.load("inshop", tmp_path)
     make_sop(tmp_path)
     base = tmp_path / "Stanford_Online_Products"
-    (base / "Ebay_test.txt").unlink()                                       # unpacking it was cut short
-    with pytest.raises(data.UserError, match=f"(?s)no Stanford_Online_Products/Ebay_test.txt.*--root {base}"):
+    (base / "Ebay_test.txt").unlink()                                   # unpacking it was cut short
+    with pytest.raises(data.UserError,
+                       match=f"(?s)no Stanford_Online_Products/Ebay_test.txt.*--root {base}"):
         data.load("sop", base)
     with pytest.raises(data.UserError, match="--download: .* could not be fetched"), \
             pytest.MonkeyPatch.context() as patch:
@@ -1510,7 +1574,7 @@ def brute_force(z, y, ks, gallery=None, gallery_y=None):
     for i, (row, label) in enumerate(zip(z, y)):
         sims = [(-float(row @ g) / np.linalg.norm(row) / np.linalg.norm(g), bool(l == label))
                 for j, (g, l) in enumerate(zip(gallery, gallery_y)) if not (itself and i == j)]
-        right = [r for _, r in sorted(sims)]        # at equal similarity False, the other class, comes first
+        right = [r for _, r in sorted(sims)]        # among ties False, the other class, comes first
         R = sum(right)
         for k in ks:
             hits[k] += any(right[:k])
@@ -1527,7 +1591,8 @@ def test_recall_and_map_equal_brute_force(seed, monkeypatch):
     pair, ks = ((None, None), (1, 2, 7)) if seed % 2 else ((gallery, gallery_y), (1, 2, 70))
     expected, precision = brute_force(z, y, ks, *pair)
     scaled, turn = z * torch.tensor(10.0 ** rng.uniform(-9, 15, (Q, 1))), torch.randperm(Q)
-    for chunk, (other, labels) in ((1, (z, y)), (7, (z[turn], y[turn])), (128, (scaled.float(), y))):
+    for chunk, (other, labels) in ((1, (z, y)), (7, (z[turn], y[turn])),
+                                   (128, (scaled.float(), y))):
         monkeypatch.setattr(evaluation.search, "__defaults__", (None, None, chunk))
         found = evaluation.scores((other, labels), pair, ks)
         assert {k: found[f"recall@{k}"] for k in ks} == pytest.approx(expected)
@@ -1538,10 +1603,12 @@ def test_recall_and_map_equal_brute_force(seed, monkeypatch):
 @pytest.mark.parametrize("sizes", [(40, 1, 1, 2), (30, 30), (2,) * 30])
 def test_recall_of_classes_of_any_size_with_ties_equals_brute_force(sizes):
     y = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    z = F.one_hot(torch.randint(4, (len(y),), generator=torch.Generator().manual_seed(0))).float()  # all ties
+    z = F.one_hot(torch.randint(
+        4, (len(y),), generator=torch.Generator().manual_seed(0))).float()      # all ties
     expected, precision = brute_force(z, y, (1, 5))
     found = evaluation.scores((z, y), ks=(1, 5))
-    assert found == pytest.approx({"recall@1": expected[1], "recall@5": expected[5], "map@r": precision})
+    assert found == pytest.approx({"recall@1": expected[1], "recall@5": expected[5],
+                                   "map@r": precision})
 
 
 class Biggest(TorchDispatchMode):
@@ -1570,7 +1637,7 @@ def recall_at_k(z, y, ks, *gallery):
 def test_recall_excludes_self_by_index_and_finds_duplicates():
     z = rows(4, 8)
     assert recall_at_k(torch.cat([z, z]), torch.arange(4).repeat(2), (1,)) == {1: 1.0}
-    assert recall_at_k(z, torch.arange(4), (1, 3)) == {1: 0.0, 3: 0.0}          # only itself is right
+    assert recall_at_k(z, torch.arange(4), (1, 3)) == {1: 0.0, 3: 0.0}      # only itself is right
 
 
 @pytest.mark.parametrize("n, d", [(8, 4), (301, 7), (1000, 128)])
@@ -1590,14 +1657,15 @@ def test_recall_counts_queries_without_match_as_misses_and_labels_beyond_float32
 
 
 class NoFloat64(TorchDispatchMode):
-    """Fails where a tensor of 64-bit floats is made, which Apple's devices cannot hold. (Three numbers
-    of the criterion's state are packed as such on the CPU.)
+    """Fails where a tensor of 64-bit floats is made, which Apple's devices cannot hold. (Three
+    numbers of the criterion's state are packed as such on the CPU.)
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (list, tuple)) else [out]:
-            assert not isinstance(t, torch.Tensor) or t.dtype != torch.float64 or t.numel() == 3, func
+            assert (not isinstance(t, torch.Tensor) or t.dtype != torch.float64
+                    or t.numel() == 3), func
         return out
 
 
@@ -1614,9 +1682,10 @@ def test_a_training_step_and_the_scores_mix_no_devices_and_read_only_the_scores(
         with torch.device("cuda"):
             model = evaluation.Encoder("resnet18", 8, chunk=6)
             pairs, seen = torch.zeros(2), torch.zeros(4, 3)
-            criterion = CrossBatchLoss(8, 40, "axbn", train.counting(*train.LOSSES["supcon"], pairs))
+            criterion = CrossBatchLoss(8, 40, "axbn",
+                                       train.counting(*train.LOSSES["supcon"], pairs))
         batch = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8), torch.randint(4, (16,))
-        batch = [t.to("cuda", non_blocking=True) for t in batch]            # the transfer, as in train.py
+        batch = [t.to("cuda", non_blocking=True) for t in batch]    # the transfer, as in train.py
         with OneDevice() as mode:
             for step in range(3):
                 x, y = batch
@@ -1635,11 +1704,13 @@ def test_a_training_step_and_the_scores_mix_no_devices_and_read_only_the_scores(
 
 # ------------------------------------------------- the model and its weights
 
-@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "efficientnet_b0", "swin_t", "vgg11"])
+@pytest.mark.parametrize("backbone",
+                         ["resnet18", "mobilenet_v2", "efficientnet_b0", "swin_t", "vgg11"])
 def test_encoder_has_no_classifier_and_no_dropout_of_one(backbone):
     model = evaluation.Encoder(backbone, 8)
     assert not any(isinstance(m, nn.Dropout) and m.p >= 0.2 for m in model.modules())
-    assert model.head.out_features == 8 and torch.isfinite(model.eval()(torch.zeros(1, 3, 32, 32))).all()
+    assert (model.head.out_features == 8
+            and torch.isfinite(model.eval()(torch.zeros(1, 3, 32, 32))).all())
 
 
 def test_encoder_with_frozen_batch_norm_keeps_its_statistics():
@@ -1663,11 +1734,13 @@ def gradients(model, x, weight, state):
 def test_chunks_with_frozen_batch_norm_give_the_step_of_the_whole_batch(backbone, dtype, tolerance):
     torch.manual_seed(0)
     model = evaluation.Encoder(backbone, 8, frozen_bn=True, image_size=32).to(dtype).train()
-    x, weight = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8), torch.randn(10, 8, dtype=dtype)
+    x = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8)
+    weight = torch.randn(10, 8, dtype=dtype)
     whole = gradients(model, x, weight, torch.get_rng_state())
     model.chunk = 4
     for a, b in zip(whole, gradients(model, x, weight, torch.get_rng_state())):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1, float(a.abs().max())))
+        torch.testing.assert_close(a, b, rtol=tolerance,
+                                   atol=tolerance * max(1, float(a.abs().max())))
 
 
 @pytest.mark.parametrize("backbone, bn", [("resnet18", "train"), ("efficientnet_b0", "train"),
@@ -1685,7 +1758,7 @@ def test_chunks_keep_random_numbers_and_move_statistics_the_first_time_only(back
     model.chunk = 4
     ours = gradients(model, x, weight, state)
     twin.forward = lambda x: torch.cat([evaluation.Encoder.forward(twin, x[part]) for part in
-                                        (slice(0, 4), slice(4, 7), slice(7, 10))])      # of one size
+                                        (slice(0, 4), slice(4, 7), slice(7, 10))])  # of one size
     for a, b in zip(ours, gradients(twin, x, weight, state)):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * max(1, float(b.abs().max())))
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers()))
@@ -1695,7 +1768,8 @@ def test_chunks_keep_fewer_activations():
     kept = []
     for chunk in (0, 4):
         model = evaluation.Encoder("conv4", 8, chunk=chunk).train()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept[-1].append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: kept[-1].append(t.numel()) or t, lambda t: t):
             kept.append([])
             model(torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8))
     assert sum(kept[1]) < sum(kept[0]) / 4
@@ -1706,19 +1780,23 @@ def test_a_backbone_of_ones_own_is_trained_and_rebuilt(tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "path", [*sys.path])
     Path("mymodels.py").write_text(
         "from torch import nn\n"
-        "def small():\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(12), nn.BatchNorm1d(12))\n"
+        "def small():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.LazyLinear(12), nn.BatchNorm1d(12))\n"
         "def maps():\n    return nn.Conv2d(3, 2, 1)\n"
         "def nothing():\n    pass\n"
         "def more(width):\n    pass\n"
-        "def other():\n    return nn.Sequential(nn.Flatten(1), nn.Unflatten(1, (2, -1)), nn.Flatten(0, 1),"
-        " nn.LazyLinear(3))\n")
+        "def other():\n"
+        "    return nn.Sequential(nn.Flatten(1), nn.Unflatten(1, (2, -1)), nn.Flatten(0, 1), "
+        "nn.LazyLinear(3))\n")
     record = tiny("run", "--backbone", "mymodels:small", "--epochs", "1", "--chunk", "6")[-1]
     evaluation.main(["run/checkpoint.pt", "--device", "cpu"])
     scored = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert scored["recall@1"] == pytest.approx(record["recall@1"])
-    for name, message in (("maps", "too many values"), ("nothing", "no attribute 'eval'"), ("more", "argument"),
-                          ("other", r"expected features \(B, width\), got \(4, 3\) for B = 2")):
-        with pytest.raises(SystemExit, match=f"mymodels:{name}: it must return a network .*{message}"):
+    for name, message in (
+            ("maps", "too many values"), ("nothing", "no attribute 'eval'"), ("more", "argument"),
+            ("other", r"expected features \(B, width\), got \(4, 3\) for B = 2")):
+        with pytest.raises(SystemExit,
+                           match=f"mymodels:{name}: it must return a network .*{message}"):
             tiny(name, "--backbone", f"mymodels:{name}")
 
 
@@ -1737,12 +1815,13 @@ def test_weights_are_read_in_the_forms_that_people_have(tmp_path, monkeypatch):
         evaluation.load_weights(encoder, "resnet18", str(path))
         assert torch.equal(encoder.backbone.conv1.weight, source.conv1.weight)
     args = train.parse_args([*TINY, "--backbone", "resnet18", "--weights", str(path)])
-    for state, message in (({"model": plain, "args": argparse.Namespace(lr=1)}, "argparse.Namespace"),
-                           ([plain], "not a state_dict but a list"),
-                           ({"model": "resnet18"}, "not a state_dict but a str"),
-                           ({"state_dict": {0: 1}}, "not a state_dict of resnet18: conv1.weight is missing"),
-                           (torchvision.models.resnet34().state_dict(), "it has no layer1.2.conv1.weight"),
-                           ({**plain, "conv1.weight": torch.ones(3)}, "size mismatch for conv1.weight")):
+    for state, message in (
+            ({"model": plain, "args": argparse.Namespace(lr=1)}, "argparse.Namespace"),
+            ([plain], "not a state_dict but a list"),
+            ({"model": "resnet18"}, "not a state_dict but a str"),
+            ({"state_dict": {0: 1}}, "not a state_dict of resnet18: conv1.weight is missing"),
+            (torchvision.models.resnet34().state_dict(), "it has no layer1.2.conv1.weight"),
+            ({**plain, "conv1.weight": torch.ones(3)}, "size mismatch for conv1.weight")):
         torch.save(state, path)
         with pytest.raises(data.UserError, match=f"(?s)weights.pt.*{message}"):
             train.make_model(args)
@@ -1751,8 +1830,10 @@ def test_weights_are_read_in_the_forms_that_people_have(tmp_path, monkeypatch):
 
     def offline(*args, **kwargs):
         raise URLError("no network")
-    monkeypatch.setattr(torchvision.models.ResNet18_Weights.DEFAULT.__class__, "get_state_dict", offline)
-    with pytest.raises(data.UserError, match="imagenet: those of resnet18 cannot be had .*--weights FILE"):
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights.DEFAULT.__class__, "get_state_dict",
+                        offline)
+    with pytest.raises(data.UserError,
+                       match="imagenet: those of resnet18 cannot be had .*--weights FILE"):
         evaluation.load_weights(encoder, "resnet18", "imagenet")
 
 
@@ -1764,12 +1845,14 @@ def test_embeddings_are_saved_and_scored_again(tmp_path, capsys):
     for k, flags in enumerate((inshop, TINY)):
         train.main([*flags, "--epochs", "0", "--out", str(tmp_path / f"run{k}")])
         capsys.readouterr()
-        evaluation.main([str(tmp_path / f"run{k}" / "best.pt"), "--save", str(tmp_path / f"{k}.npz")])
+        evaluation.main([str(tmp_path / f"run{k}" / "best.pt"),
+                         "--save", str(tmp_path / f"{k}.npz")])
         first = json.loads(capsys.readouterr().out.splitlines()[-1])
         evaluation.main([str(tmp_path / f"{k}.npz")])
         told = capsys.readouterr().out
         again = json.loads(told.splitlines()[-1])
-        assert {k: v for k, v in first.items() if "@" in k} == {k: v for k, v in again.items() if "@" in k}
+        assert ({k: v for k, v in first.items() if "@" in k}
+                == {k: v for k, v in again.items() if "@" in k})
     assert re.search(r"1.npz: query 8\d images of 24 classes", told)
     with np.load(tmp_path / "0.npz") as file:
         assert file["query"].shape == (8, 8) and file["gallery"].dtype == np.float32
@@ -1788,7 +1871,8 @@ def test_embeddings_are_saved_and_scored_again(tmp_path, capsys):
     (dict(gallery=np.ones((6, 4)), gallery_labels=np.arange(6)), "its width is not that of query"),
     (dict(gallery=np.ones((0, 3)), gallery_labels=np.arange(0)), "gallery is empty"),
     (dict(gallery=np.ones((6, 4))), "'gallery_labels'")])
-def test_embeddings_of_others_that_do_not_fit_are_refused_with_a_sentence(tmp_path, change, message):
+def test_embeddings_of_others_that_do_not_fit_are_refused_with_a_sentence(
+        tmp_path, change, message):
     z = np.random.default_rng(0).normal(size=(6, 3))
     arrays = {"query": z, "query_labels": np.arange(6) // 2, **change}
     np.savez(tmp_path / "z.npz", **{name: a for name, a in arrays.items() if a is not None})
@@ -1810,8 +1894,8 @@ def test_one_query_is_enough_where_there_is_a_gallery(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     ("--save nowhere/z.npz", "in a folder that exists"), ("--save z.txt", "that ends in .npz"),
-    ("--workers -1", "must be at least 0"),
-    ("--device cuda:77", "--device cuda:77 cannot be used"), ("--plot x", "unrecognized arguments: --plot")])
+    ("--workers -1", "must be at least 0"), ("--device cuda:77", "--device cuda:77 cannot be used"),
+    ("--plot x", "unrecognized arguments: --plot")])
 def test_eval_refuses_wrong_flags_before_any_work(flags, message, capsys):
     with pytest.raises(SystemExit) as error:
         evaluation.main(["not-even-there.pt", *flags.split()])
@@ -1828,13 +1912,15 @@ def embedding_case():
 
 def test_train_writes_log_settings_and_checkpoints(tmp_path, capsys):
     records = tiny(tmp_path, "--head-epochs", "1")
-    assert records == [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert records == [json.loads(line)
+                       for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in records] == [0, 1, 2]
     assert list(records[2])[0] == "epoch"
     for key in ("loss", "lr", "gain", "positives_mined", "negatives_mined", "images_per_second",
                 "drift_mean", "drift_max", "spread", "recall@1", "recall@10", "map@r"):
         assert math.isfinite(records[2][key]), key
-    assert records[2]["drift_max"] >= records[2]["drift_mean"] > 0 and "recall@100" not in records[2]
+    assert (records[2]["drift_max"] >= records[2]["drift_mean"] > 0
+            and "recall@100" not in records[2])
     assert json.loads((tmp_path / "settings.json").read_text())["method"] == "axbn"
     best = max(r["recall@1"] for r in records)
     assert re.search(rf"Recall@1: last {100 * records[2]['recall@1']:.2f} \(epoch 2\), "
@@ -1881,7 +1967,8 @@ def test_train_resumes_exactly(tmp_path, method, capsys):
     parts = tiny(tmp_path / "parts", *flags)
     assert strip(whole) == strip(parts) and "after epoch 1" in capsys.readouterr().out
     assert len(parts) == 3
-    a, b = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in ("whole", "parts"))
+    a, b = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)
+            for n in ("whole", "parts"))
     assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
 
 
@@ -1903,19 +1990,24 @@ def test_train_schedule_and_losses(tmp_path):
 WRONG = {       # flags: part of the sentence
     "--batch-size 18": "batch size 18 must be a multiple of 4 images per class",
     "--batch-size 128": "needs 32 classes and 128 images, the training split has 24",
-    "--batch-size 96 --images-per-class 96": "needs 1 classes and 96 images, the training split has 24 and 8",
+    "--batch-size 96 --images-per-class 96":
+        "needs 1 classes and 96 images, the training split has 24 and 8",
     "--memory-ratio 0.01": "makes a memory of less than one batch, --batch-size 16",
     "--memory-ratio inf": "--memory-ratio: must be above 0 and finite, got inf",
-    "--lr nan": "--lr: must be above 0 and finite, got nan", "--epochs two": "invalid number value: 'two'",
+    "--lr nan": "--lr: must be above 0 and finite, got nan",
+    "--epochs two": "invalid number value: 'two'",
     "--seed 4294967296": "--seed: must be at least 0 and below 4294967296",
-    "--dim 1000000000000": "--dim 1000000000000: .*allocate", "--image-size 2": "--image-size 2.*too small",
+    "--dim 1000000000000": "--dim 1000000000000: .*allocate",
+    "--image-size 2": "--image-size 2.*too small",
     "--process-noise 0 --measurement-noise 0": "cannot both be 0",
     "--val-fraction 0.999": "--val-fraction 0.999: there are 0 classes to train on",
     "--val-fraction 0.01": "--val-fraction 0.01: .* 1 classes of [34] images to search",
-    "--classes 1": "there are 1 classes to train on", "--device abacus": "--device abacus cannot be used",
+    "--classes 1": "there are 1 classes to train on",
+    "--device abacus": "--device abacus cannot be used",
     "--backbone resnet19": "resnet19", "--backbone nowhere:make": "No module named 'nowhere'",
     "--backbone math:dino": "has no attribute 'dino'", "--chunk -1": "--chunk: must be at least 0",
-    "--backbone inception_v3": "not one last linear layer", "--backbone vit_b_32": "Wrong image height",
+    "--backbone inception_v3": "not one last linear layer",
+    "--backbone vit_b_32": "Wrong image height",
     "--weights nothing.pt": "nothing.pt: cannot be read", "--weights imagenet": "conv4",
     "--method moco": "invalid choice: 'moco'", "--meth axbn": "unrecognized arguments: --meth",
     "--dataset sop --root nowhere --backbone conv4 --weights none": "'sop' is not in nowhere, .*"
@@ -1938,7 +2030,7 @@ def test_train_is_the_same_whatever_the_number_of_workers(tmp_path, workers):
     none, some = (tiny(tmp_path / w, "--workers", w) for w in ("0", workers))
     assert strip(none) == strip(some)
     a, b = (evaluation.load_file(tmp_path / w / "checkpoint.pt") for w in ("0", workers))
-    assert same(a["rng"], b["rng"])                             # or a network with dropout would differ
+    assert same(a["rng"], b["rng"])                         # or a network with dropout would differ
     assert strip(none)[1:] != strip(tiny(tmp_path / "seed", "--seed", "1"))[1:]
 
 
@@ -1964,16 +2056,18 @@ def same(a, b):
 
 
 def whole_epochs(out):
-    """How many epochs are logged; fails on a torn or doubled line, or on a checkpoint that does not fit."""
+    """Counts logged epochs; fails on a torn or doubled line, or a checkpoint that does not fit."""
     log = out / "log.jsonl"
-    epochs = [json.loads(line)["epoch"] for line in log.read_text().splitlines()] if log.exists() else []
+    epochs = ([json.loads(line)["epoch"] for line in log.read_text().splitlines()]
+              if log.exists() else [])
     assert epochs == list(range(len(epochs)))
     if (out / "checkpoint.pt").exists():
-        assert evaluation.rebuild(out / "checkpoint.pt")[1]["epoch"] + 1 in (len(epochs), len(epochs) + 1)
+        assert (evaluation.rebuild(out / "checkpoint.pt")[1]["epoch"] + 1
+                in (len(epochs), len(epochs) + 1))
     return len(epochs)
 
 
-# train.py, killed at the n-th of the moments that matter: a file half written, whole, or just renamed.
+# train.py, killed at the n-th moment that matters: a file half written, whole, or just renamed.
 DIES_WRITING = """
 import os, signal, sys, torch, train
 left, save, replace = int(sys.argv.pop(1)), torch.save, os.replace
@@ -1997,7 +2091,8 @@ train.main()
 def killed_while_writing(out, moment, flags):
     """Runs train.py until it is killed at that moment, or to its end; returns its exit code."""
     (out.parent / "dies_writing.py").write_text(DIES_WRITING)
-    result = script(out.parent / "dies_writing.py", moment, *flags, "--out", out, PYTHONPATH=str(HERE))
+    result = script(out.parent / "dies_writing.py", moment, *flags, "--out", out,
+                    PYTHONPATH=str(HERE))
     assert result.returncode in (0, -9), result.stderr
     whole_epochs(out)
     return result.returncode
@@ -2005,10 +2100,11 @@ def killed_while_writing(out, moment, flags):
 
 def test_train_killed_while_it_writes_loses_nothing(tmp_path):
     flags = (*TINY, "--epochs", "3")
-    assert killed_while_writing(tmp_path / "killed", 14, flags) == -9       # a checkpoint half written
+    assert killed_while_writing(tmp_path / "killed", 14, flags) == -9   # a checkpoint half written
     tiny(tmp_path / "killed", "--epochs", "3"), tiny(tmp_path / "whole", "--epochs", "3")
     assert whole_epochs(tmp_path / "killed") == 4
-    killed, whole = (evaluation.load_file(tmp_path / n / "checkpoint.pt") for n in ("killed", "whole"))
+    killed, whole = (evaluation.load_file(tmp_path / n / "checkpoint.pt")
+                     for n in ("killed", "whole"))
     assert same(killed, whole)
 
 
@@ -2056,7 +2152,8 @@ def test_file_names_that_are_no_utf8(tmp_path):
     (tmp_path / "data" / "class4" / "16.jpg").rename(odd)
     flags = ["--dataset", "folder", "--root", str(tmp_path / "data")]
     train.main([*flags, *ON_REPLICA, "--epochs", "0", "--out", str(tmp_path / "run")])
-    evaluation.main([str(tmp_path / "run" / "best.pt"), "--device", "cpu", "--save", str(tmp_path / "z.npz")])
+    evaluation.main([str(tmp_path / "run" / "best.pt"), "--device", "cpu",
+                     "--save", str(tmp_path / "z.npz")])
 
 
 def classes_of(root, names):
@@ -2080,13 +2177,17 @@ def test_run_knows_the_data_that_it_was_trained_on(tmp_path):
             evaluation.main([str(out / "best.pt"), "--root", str(other)])
         with pytest.raises(SystemExit, match="checkpoint.pt: was made with other data"):
             train.main([*flags, str(other), "--epochs", "2"])
-        with contextlib.nullcontext() if other != root else pytest.raises(SystemExit, match="other data"):
-            evaluation.main([str(out / "best.pt"), "--dataset", "folder", "--root", str(other)])    # by wish
+        with (contextlib.nullcontext() if other != root
+              else pytest.raises(SystemExit, match="other data")):
+            evaluation.main([str(out / "best.pt"), "--dataset", "folder",       # by wish
+                             "--root", str(other)])
 
 
-def test_a_log_without_its_checkpoint_is_kept_and_a_memory_that_never_starts_is_told(tmp_path, capsys):
+def test_a_log_without_its_checkpoint_is_kept_and_a_memory_that_never_starts_is_told(
+        tmp_path, capsys):
     tiny(tmp_path, "--epochs", "1", "--warmup-steps", "5")
-    assert "warning: --warmup-steps 5: the memory does not start in 1 epochs" in capsys.readouterr().out
+    assert ("warning: --warmup-steps 5: the memory does not start in 1 epochs"
+            in capsys.readouterr().out)
     log = (tmp_path / "log.jsonl").read_bytes()
     (tmp_path / "checkpoint.pt").unlink()
     with pytest.raises(SystemExit, match="holds a log without its checkpoint"):
@@ -2099,8 +2200,8 @@ def test_checkpoints_of_others_are_refused_with_a_sentence(tmp_path):
     path = tmp_path / "checkpoint.pt"
     good, whole_log = torch.load(path, weights_only=True), (tmp_path / "log.jsonl").read_text()
     for other, message in (({**good, "format": 1}, "not a checkpoint of this version of train.py"),
-                           ({"state_dict": {}}, "not a checkpoint of this version"), ([1], "not a checkp"),
-                           ({**good, "rng": []}, "made with 0 processes")):
+                           ({"state_dict": {}}, "not a checkpoint of this version"),
+                           ([1], "not a checkp"), ({**good, "rng": []}, "made with 0 processes")):
         torch.save(other, path)
         with pytest.raises(SystemExit, match=f"checkpoint.pt: .*{message}"):
             tiny(tmp_path)
@@ -2116,8 +2217,9 @@ def test_write_on_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     tiny(tmp_path, "--epochs", "1")
     for name in ("checkpoint.pt", "log.jsonl"):
         before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-        (tmp_path / f"{name}.part").symlink_to("/dev/full")         # every write: no space left on device
-        with pytest.raises((SystemExit, RuntimeError), match="No space left|failed writing|unexpected pos"):
+        (tmp_path / f"{name}.part").symlink_to("/dev/full")   # every write: no space left on device
+        with pytest.raises((SystemExit, RuntimeError),
+                           match="No space left|failed writing|unexpected pos"):
             tiny(tmp_path, "--epochs", "2")
         (tmp_path / f"{name}.part").unlink()
         assert before[name] == (tmp_path / name).read_bytes()
@@ -2128,17 +2230,17 @@ def test_write_on_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
 
 
 def test_train_names_a_loss_or_gradient_that_is_not_finite(tmp_path):
-    with pytest.raises(SystemExit, match="epoch 1, step [1-9]: the loss or its gradient is not finite; try a "
-                                         r"lower --lr than 1e\+30"):
+    with pytest.raises(SystemExit, match="epoch 1, step [1-9]: the loss or its gradient is not "
+                                         r"finite; try a lower --lr than 1e\+30"):
         tiny(tmp_path, "--lr", "1e30")
-    assert whole_epochs(tmp_path) == 1                              # the checkpoint before it stands
+    assert whole_epochs(tmp_path) == 1                          # the checkpoint before it stands
     inf, nan, pairs = math.inf, math.nan, [[4, 4, 4, 4], [2, 4, 6, 8]]
     off, fp16 = (argparse.Namespace(amp=amp, lr=0.1) for amp in ("off", "fp16"))
     for losses, norms, args, over, message in (
             ([1, inf, 1, 1], [1, 1, nan, 1], off, False, "step 2: "),
             ([1, 1, nan, 1], [1, inf, 1, 1], off, False, "step 2: "),
             ([1, 1, nan, 1], [1, inf, 1, 1], fp16, False, "step 3: .*or --amp bf16"),
-            ([1, 1, 1, 1], [inf, inf, nan, inf], fp16, True, "step 1: .*or --amp bf16")):   # none was taken
+            ([1, 1, 1, 1], [inf, inf, nan, inf], fp16, True, "step 1: .*or --amp bf16")):
         with pytest.raises(data.UserError, match=message):
             train.summary(torch.tensor([losses, norms, *pairs]), args, 1, over)
     skipped = torch.tensor([[1, 0, 1, 1], [inf, 1, nan, nan], *pairs])
@@ -2159,11 +2261,12 @@ def test_train_counts_steps_without_pairs_and_warns_of_a_collapse(tmp_path, caps
         noise = torch.randn(len(x), 16, generator=torch.Generator().manual_seed(0))
         return self.head.bias.expand(len(x), -1) * 5 + spread * noise
     monkeypatch.setattr(evaluation.Encoder, "forward", fake)
-    record = tiny(tmp_path / "b", *flags, "--loss", "supcon")[1]    # all cosines are 1: no hard positive
+    record = tiny(tmp_path / "b", *flags, "--loss", "supcon")[1]    # cosines of 1: no hard positive
     assert record["steps_without_pairs"] == 5 and record["loss"] == 0 and record["recall@1"] == 0
     assert "no step of the epoch had a pair" in record["warning"]
     record = tiny(tmp_path / "c", *flags)[1]                        # with MS there are pairs
-    assert "collapsed" in record["warning"] and "warning: the embeddings have" in capsys.readouterr().out
+    assert ("collapsed" in record["warning"]
+            and "warning: the embeddings have" in capsys.readouterr().out)
     spread = math.nan
     with pytest.raises(SystemExit, match="embeddings hold NaN or infinity"):
         tiny(tmp_path / "d", *flags)
@@ -2178,7 +2281,8 @@ def test_torn_checkpoints_are_refused_with_a_sentence(tmp_path):
             evaluation.rebuild(tmp_path / "torn.pt")
 
 
-def test_train_in_fp16_skips_and_counts_steps_whose_scaled_gradient_overflows(tmp_path, monkeypatch):
+def test_train_in_fp16_skips_and_counts_steps_whose_scaled_gradient_overflows(
+        tmp_path, monkeypatch):
     make_model, calls = train.make_model, []
 
     def overflow(gradient):
@@ -2211,7 +2315,7 @@ def test_a_nan_that_a_masked_loss_would_hide_ends_the_run(tmp_path, monkeypatch)
 # ------------------------------------------------- what is measured on the way
 
 def test_measuring_leaves_no_trace_in_the_training(tmp_path, monkeypatch):
-    """Drift is measured at every step here, and at none with a network that has dropout either way."""
+    """Drift is measured at every step, and at none with a network that has dropout either way."""
     weights, without_trace = [], train.without_trace
 
     @contextlib.contextmanager
@@ -2219,7 +2323,7 @@ def test_measuring_leaves_no_trace_in_the_training(tmp_path, monkeypatch):
         yield
     for measure in (without_trace, nowhere):
         monkeypatch.setattr(train, "without_trace", measure)
-        if measure is nowhere:      # what is measured is thrown away: the network is not asked again
+        if measure is nowhere:  # what is measured is thrown away: the network is not asked again
             monkeypatch.setattr(train, "random_state", lambda: None)
             monkeypatch.setattr(train, "fmean", lambda values: 0.0)
             monkeypatch.setattr(train, "save", lambda out, args, _, parts, records: weights.append(
@@ -2232,9 +2336,10 @@ def test_measuring_leaves_no_trace_in_the_training(tmp_path, monkeypatch):
     assert all(torch.equal(v, weights[-1][k]) for k, v in weights[0].items())
 
 
-@pytest.mark.parametrize("backbone", ["mobilenet_v2", "efficientnet_b0"])      # dropout, stochastic depth
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "efficientnet_b0"])   # dropout, random depth
 def test_no_drift_is_measured_where_no_weight_moves_whatever_is_random(backbone, tmp_path):
-    flags = "--classes 8 --image-size 32 --batch-size 8 --epochs 1 --lr 1e-30 --weight-decay 0".split()
+    flags = ("--classes 8 --image-size 32 --batch-size 8 --epochs 1 --lr 1e-30 "
+             "--weight-decay 0").split()
     record = tiny(tmp_path, *flags, "--backbone", backbone)[1]
     assert record["drift_max"] == 0 < record["spread"]
 
@@ -2249,7 +2354,8 @@ def test_log_counts_the_pairs_that_the_loss_mined(tmp_path, monkeypatch):
     for method in ("none", "axbn"):
         counted.clear()
         record = tiny(tmp_path / method, "--method", method, "--loss", "supcon", "--epochs", "1")[1]
-        assert [record["positives_mined"], record["negatives_mined"]] == np.mean(counted, 0).tolist()
+        assert ([record["positives_mined"], record["negatives_mined"]]
+                == np.mean(counted, 0).tolist())
 
 
 def test_filling_the_memory_leaves_the_network_alone(tmp_path, monkeypatch):
@@ -2258,8 +2364,10 @@ def test_filling_the_memory_leaves_the_network_alone(tmp_path, monkeypatch):
     def watched(model, criterion, split, args):
         before = {k: v.clone() for k, v in model.state_dict().items()}
         fill(model, criterion, split, args)
-        filled.append((len(criterion.memory), criterion.memory.size, criterion.memory.labels.clone()))
-        assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        filled.append((len(criterion.memory), criterion.memory.size,
+                       criterion.memory.labels.clone()))
+        assert model.training and all(torch.equal(v, before[k])
+                                      for k, v in model.state_dict().items())
     monkeypatch.setattr(train, "fill_memory", watched)
     tiny(tmp_path, "--fill-memory")
     ((n, size, labels),) = filled
@@ -2286,8 +2394,8 @@ DISTRIBUTED = [*TINY, *"--backbone conv4-nobn --head-epochs 1 --lr 1e-5 --chunk 
 
 
 def one_of_two(rank, port, out):
-    """What a process does: it embeds its share of a split; a run with batch norm; and for each method an
-    epoch and a resumed second one. It keeps what it got.
+    """What a process does: it embeds its share of a split; a run with batch norm; and for each
+    method an epoch and a resumed second one. It keeps what it got.
     """
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
@@ -2328,37 +2436,44 @@ def of_two(tmp_path_factory):
 
 def test_embedding_is_shared_by_two_processes_and_the_same_to_the_last_bit(of_two):
     z, _ = evaluation.embed(*embedding_case())
-    (a, read), (b, others) = (torch.load(of_two / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    (a, read), (b, others) = (torch.load(of_two / f"{rank}.pt", weights_only=True)
+                              for rank in (0, 1))
     assert torch.equal(a, z) and torch.equal(b, z) and len(z) > 512
     assert sorted(read + others) == list(range(len(z))) and min(len(read), len(others)) >= 256
 
 
 def test_two_processes_train_as_one(of_two, tmp_path):
     for method in METHODS:
-        expected = train.main([*DISTRIBUTED, "--method", method, "--out", str(tmp_path / "one" / method)])
-        got = [json.loads(line) for line in (of_two / method / "log.jsonl").read_text().splitlines()]
-        assert [r["loss"] for r in got[1:]] == pytest.approx([r["loss"] for r in expected[1:]], rel=1e-4)
+        expected = train.main([*DISTRIBUTED, "--method", method,
+                               "--out", str(tmp_path / "one" / method)])
+        got = [json.loads(line)
+               for line in (of_two / method / "log.jsonl").read_text().splitlines()]
+        assert [r["loss"] for r in got[1:]] == pytest.approx(
+            [r["loss"] for r in expected[1:]], rel=1e-4)
         one, two = (torch.load(path / "checkpoint.pt", weights_only=True)
                     for path in (tmp_path / "one" / method, of_two / method))
         for name, weight in one["model"].items():
             assert (two["model"][name] - weight).abs().mean() < 1e-6
         for a, b in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values()):
-            assert (a["exp_avg"] - b["exp_avg"]).norm() <= 1e-3 * a["exp_avg"].norm()      # of the gradients
-        mine, other = (torch.load(of_two / f"{method}-{rank}.pt", weights_only=True) for rank in (0, 1))
+            assert (a["exp_avg"] - b["exp_avg"]).norm() <= 1e-3 * a["exp_avg"].norm()   # gradients
+        mine, other = (torch.load(of_two / f"{method}-{rank}.pt", weights_only=True)
+                       for rank in (0, 1))
         assert len(mine) == len(other) and all(torch.equal(a, b) for a, b in zip(mine, other))
         assert (method == "none") == (len(mine) == 0)
 
 
 def test_processes_that_find_different_checkpoints_end_with_a_sentence(of_two):
     for rank in (0, 1):         # as on two machines without a common disk
-        assert "the processes find different checkpoints" in (of_two / f"apart-{rank}.txt").read_text()
+        assert ("the processes find different checkpoints"
+                in (of_two / f"apart-{rank}.txt").read_text())
 
 
 def test_several_processes_that_torchrun_did_not_start_are_refused(tmp_path, monkeypatch):
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="WORLD_SIZE is set as if torchrun .*RANK expected, but not set"):
+    with pytest.raises(SystemExit,
+                       match="WORLD_SIZE is set as if torchrun .*RANK expected, but not set"):
         tiny(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -2366,7 +2481,7 @@ def test_several_processes_that_torchrun_did_not_start_are_refused(tmp_path, mon
 def test_two_processes_score_the_network_that_they_save(of_two, capsys):
     logged = json.loads((of_two / "bn" / "log.jsonl").read_text().splitlines()[-1])
     evaluation.main([str(of_two / "bn" / "checkpoint.pt"), "--device", "cpu"])
-    scored = json.loads(capsys.readouterr().out.splitlines()[-1])       # batch norm differs from rank to rank
+    scored = json.loads(capsys.readouterr().out.splitlines()[-1])       # batch norm differs by rank
     assert scored["map@r"] == pytest.approx(logged["map@r"], abs=1e-9)
 
 
@@ -2406,17 +2521,18 @@ def test_scripts_run_on_an_sop_replica(tmp_path, capsys):
 def test_scripts_fail_with_one_sentence_and_without_a_traceback(tmp_path):
     make_sop(tmp_path, train=(4, 4, 4, 4), test=(4, 4))
     base = tmp_path / "Stanford_Online_Products"
-    odd = os.fsdecode(b"bicycle_final/\xff.JPG")                # no UTF-8, and no terminal can print it
+    odd = os.fsdecode(b"bicycle_final/\xff.JPG")            # no UTF-8, and no terminal can print it
     victim = sorted((base / "bicycle_final").iterdir())[1].rename(base / odd)
     lists = (base / "Ebay_train.txt").read_bytes()
     lists = lists.replace(b"bicycle_final/110000000001_1.JPG", os.fsencode(odd))
     (base / "Ebay_train.txt").write_bytes(lists)
     victim.write_bytes(b"broken")
     sop = ["--dataset", "sop", "--root", tmp_path, "--allow-partial"]
-    conv4 = ("--backbone conv4 --weights none --head-epochs 0 --batch-size 8 --device cpu --workers 2 "
-             "--out").split()
+    conv4 = ("--backbone conv4 --weights none --head-epochs 0 --batch-size 8 --device cpu "
+             "--workers 2 --out").split()
     result = script("train.py", *sop, *conv4, tmp_path / "run", PYTHONIOENCODING="ascii")
-    assert ".JPG: cannot be read as an image" in result.stderr and result.returncode == 1, result.stderr
+    assert (".JPG: cannot be read as an image" in result.stderr
+            and result.returncode == 1), result.stderr
     assert "Traceback" not in result.stderr
     (bad,) = data.check(data.load("sop", tmp_path, allow_partial=True).train)
     assert bad.startswith(f"{victim}: cannot be read as an image")
@@ -2464,16 +2580,18 @@ def test_results_docstrings_show_commands_that_their_parsers_accept(name):
 
 def test_results_scripts_end_mistakes_with_one_sentence(tmp_path):
     for name, words in (("draw", ["curves", str(tmp_path / "no")]),
-                        ("variants", ["fresh", "--root", str(tmp_path), "--dataset", "sop", "--weights",
-                                      "none", "--device", "cpu"])):
+                        ("variants", ["fresh", "--root", str(tmp_path), "--dataset", "sop",
+                                      "--weights", "none", "--device", "cpu"])):
         with pytest.MonkeyPatch.context() as patch, \
                 pytest.raises(SystemExit, match="No such file|not in|matplotlib"):
-            for module, attribute in ((acbn, "CrossBatchLoss"), (train, "make_model"), (train, "parse_args")):
-                patch.setattr(module, attribute, getattr(module, attribute))        # put back afterwards
+            for module, attribute in ((acbn, "CrossBatchLoss"), (train, "make_model"),
+                                      (train, "parse_args")):
+                patch.setattr(module, attribute, getattr(module, attribute))   # put back afterwards
             results_script(name).main(words)
 
 
-@pytest.mark.parametrize("method, loss", [(m, loss) for m in ("none", "xbm") for loss in ("ms", "supcon")])
+@pytest.mark.parametrize("method, loss",
+                         [(m, loss) for m in ("none", "xbm") for loss in ("ms", "supcon")])
 def test_training_equals_pytorch_metric_learning_step_by_step(method, loss):
     pytest.importorskip("pytorch_metric_learning")
     ours, theirs = results_script("bench").twin_losses(method, loss)
@@ -2485,7 +2603,8 @@ def test_training_equals_pytorch_metric_learning_step_by_step(method, loss):
 def keep_log(path, seed=0, last=2, recall=0.5, **settings):
     """A log as results/ keeps them."""
     first = {"settings": {"method": "xbn", "lr": 0.1, **settings, "seed": seed}}
-    records = [{"epoch": e, "recall@1": recall, "map@r": 0.2, "drift_mean": 0.1} for e in range(last + 1)]
+    records = [{"epoch": e, "recall@1": recall, "map@r": 0.2, "drift_mean": 0.1}
+               for e in range(last + 1)]
     records[0].update(first)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
@@ -2505,7 +2624,8 @@ def test_draw_refuses_to_average_what_differs_by_more_than_the_seed(other, messa
 def test_draw_averages_runs_that_differ_by_their_seed(tmp_path, capsys):
     draw = results_script("draw")
     recalls = {f"a-s{seed}": recall for seed, recall in enumerate((0.3, 0.5, 0.6))} | {"b": 0.4}
-    logs = [keep_log(tmp_path / f"{name}.jsonl", seed=k, recall=recall, lr=1 if name == "b" else 0.1)
+    logs = [keep_log(tmp_path / f"{name}.jsonl", seed=k, recall=recall,
+                     lr=1 if name == "b" else 0.1)
             for k, (name, recall) in enumerate(recalls.items())]
     groups = draw.read_runs(logs)
     draw.tell(groups)
@@ -2520,7 +2640,8 @@ def test_draw_averages_runs_that_differ_by_their_seed(tmp_path, capsys):
 def test_draw_tells_whether_the_order_of_the_means_changes():
     def group(*curves):
         return [[{"recall@1": v} for v in curve] for curve in curves]
-    flat, rising = group([0, 0.5, 0.5, 0.5, 0.4, 0.4, 0.4]), group([0, 0.1, 0.1, 0.2, 0.3, 0.5, 0.6])
+    flat = group([0, 0.5, 0.5, 0.5, 0.4, 0.4, 0.4])
+    rising = group([0, 0.1, 0.1, 0.2, 0.3, 0.5, 0.6])
     late = group([0, 0.1, 0.3, 0.4, 0.4, 0.45, 0.5], [0, 0.3, 0.5, 0.6, 0.5, 0.45, 0.5])
     tell = results_script("draw").order_of_means
     told = tell({"flat": flat, "late": late})
@@ -2532,7 +2653,7 @@ def test_draw_tells_whether_the_order_of_the_means_changes():
 def test_draw_shows_the_worst_queries_first_with_their_neighbours():
     y = torch.arange(5).repeat_interleave(3)
     z = F.one_hot(y, 5).float()
-    z[3] = -z[3]                                    # the fourth query is nearest to nothing of its class
+    z[3] = -z[3]                            # the fourth query is nearest to nothing of its class
     (q, rank, near, first), second = results_script("draw").worst_queries((z, y), (None, None), 2)
     assert q == 3 and rank == 13 and len(near) == 7 and first == (4, -1.0) and 3 not in dict(near)
     assert near[0][1] == 0.0 and second[0] == 0 and second[1] == 1
@@ -2552,8 +2673,9 @@ def test_draw_makes_every_picture_from_new_runs_and_from_kept_logs(tmp_path):
         draw.main([*command, "--out", str(out)])
         assert Image.open(out).size[0] >= 500
         out.unlink()
-    for command, message in ((["idea", "--rows", "8", *TINY], "--rows 8 is less than --batch-size 16"),
-                             (["against", "colour", "--runs", *runs], "the runs have no such setting")):
+    for command, message in (
+            (["idea", "--rows", "8", *TINY], "--rows 8 is less than --batch-size 16"),
+            (["against", "colour", "--runs", *runs], "the runs have no such setting")):
         with pytest.raises(SystemExit, match=message):
             draw.main([*command, "--out", str(out)])
 
@@ -2578,10 +2700,11 @@ def test_variants_equal_the_methods_they_vary(rule, method):
 
 
 @pytest.mark.parametrize("words, message", [
-    ("moments 2 1", "must be from 0 to 1"), ("moments classes 1", "invalid"), ("moments 1", "required"),
-    ("fresh --every 0", "at least 1"), ("moments 1 1 --lr -1", "--lr"), ("stale", "invalid choice"),
-    ("drift --rows all --scale no", "invalid choice"), ("drift --rows batch", "--scale"),
-    ("fresh --fill-memory", "and no --fill-memory"), ("drift --rows batch --scale no", "one process")])
+    ("moments 2 1", "must be from 0 to 1"), ("moments classes 1", "invalid"),
+    ("moments 1", "required"), ("fresh --every 0", "at least 1"), ("moments 1 1 --lr -1", "--lr"),
+    ("stale", "invalid choice"), ("drift --rows all --scale no", "invalid choice"),
+    ("drift --rows batch", "--scale"), ("fresh --fill-memory", "and no --fill-memory"),
+    ("drift --rows batch --scale no", "one process")])
 def test_variants_refuse_what_they_cannot_do(words, message, monkeypatch, capsys):
     if message == "one process":
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -2593,22 +2716,24 @@ def test_variants_refuse_what_they_cannot_do(words, message, monkeypatch, capsys
 def test_variants_measure_noise_and_correct_for_few_classes():
     g, y = torch.Generator().manual_seed(0), torch.arange(16) // 4
     batches = (torch.randn(4, 6, generator=g)[y] + 0.5 * torch.randn(16, 6, generator=g)
-               for _ in range(1000))                                    # variance 1 between, 0.25 within
+               for _ in range(1000))                            # variance 1 between, 0.25 within
     drawn = [results_script("variants").moments_of_classes(z, y) for z in batches]
     means, stds, corrected = (torch.stack(t) for t in zip(*((m, s, c) for (m, s), _, c in drawn)))
     of_mean, _ = torch.tensor([noises for _, noises, _ in drawn]).mean(0)
     assert corrected.square().mean().item() == pytest.approx(1.25, rel=0.03)
-    assert stds.square().mean() < 1.1                       # the plain one is too small for four classes
+    assert stds.square().mean() < 1.1               # the plain one is too small for four classes
     assert of_mean.item() == pytest.approx(means.var(0).mean().item(), rel=0.05)
 
 
 @pytest.mark.parametrize("q, r", [(1e-3, 1e-2), (1e-2, 1e-3)])
 def test_variants_gain_follows_the_noises(q, r):
-    g, state, truth, estimate = torch.Generator().manual_seed(0), torch.tensor([1.0, 0, 0]), 0.0, 0.0
+    g, state = torch.Generator().manual_seed(0), torch.tensor([1.0, 0, 0])
+    truth, estimate = 0.0, 0.0
     for _ in range(4000):
         truth += math.sqrt(q) * torch.randn((), generator=g)
         measured = truth + math.sqrt(r) * torch.randn((), generator=g)
-        K = results_script("variants").measured_gain(state, (measured - estimate) ** 2, r, rate=0.005)
+        K = results_script("variants").measured_gain(state, (measured - estimate) ** 2, r,
+                                                     rate=0.005)
         estimate += K * (measured - estimate)
     p = 0.0
     for _ in range(100):
@@ -2736,7 +2861,8 @@ def test_variants_resume_with_the_images_of_their_rows(words, tmp_path, monkeypa
     run("cut")
     a, b = (evaluation.load_file(tmp_path / out / "checkpoint.pt") for out in ("whole", "cut"))
     assert same(a["model"], b["model"]) and same(a["criterion"], b["criterion"])
-    assert a["criterion"]["pixels"].any() and a["records"][0]["settings"]["variant"]["kind"] in words
+    assert (a["criterion"]["pixels"].any()
+            and a["records"][0]["settings"]["variant"]["kind"] in words)
     words = "fresh --every 2"
     with pytest.raises(SystemExit, match="was made with --variant .*, now it is .*'every': 2"):
         run("cut")
@@ -2754,11 +2880,13 @@ def readme_blocks(language, path="README.md"):
 
 @pytest.mark.parametrize("path", ["README.md", "results/README.md"])
 def test_readme_commands_are_accepted_by_the_scripts(path):
-    parsers = {"train.py": train.parse_args, "eval.py": evaluation.parse_args, "data.py": data.parse_args,
+    parsers = {"train.py": train.parse_args, "eval.py": evaluation.parse_args,
+               "data.py": data.parse_args,
                **{f"results/{name}.py": results_script(name).parse_args
                   for name in ("bench", "draw", "variants")}}
     lines = "\n".join(readme_blocks("bash", path)).replace("\\\n", " ").splitlines()
-    lines += re.findall(r"`(python (?:train|eval|data|results/\w+)\.py [^`]*)`", (HERE / path).read_text())
+    lines += re.findall(r"`(python (?:train|eval|data|results/\w+)\.py [^`]*)`",
+                        (HERE / path).read_text())
     seen = set()
     for command in (part.strip() for line in lines for part in re.split("&&|;", line)):
         words = shlex.split(re.sub(r"^do ", "", command), comments=True)
@@ -2776,15 +2904,16 @@ def test_readme_first_snippet_runs_beside_acbn_alone(tmp_path):
     shutil.copy(HERE / "acbn.py", tmp_path)
     source = readme_blocks("python")[0] + "\nprint(len(criterion.memory), loss.isfinite())\n"
     (tmp_path / "mine.py").write_text(source)
-    done = subprocess.run([sys.executable, "-c", "import sys; sys.path.insert(0, '.'); import mine"],
+    done = subprocess.run([sys.executable, "-c",
+                           "import sys; sys.path.insert(0, '.'); import mine"],
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == ["192", "tensor(True)"], done.stderr
 
 
 def test_readme_snippet_of_parts_keeps_a_queue_near_its_fresh_keys():
     distances = []
-    for line in (readme_blocks("python")[1], re.sub(r".*match_moments\(memory.*\n", "    pass\n",
-                                                    readme_blocks("python")[1])):
+    for line in (readme_blocks("python")[1],
+                 re.sub(r".*match_moments\(memory.*\n", "    pass\n", readme_blocks("python")[1])):
         scope, g = {}, torch.Generator().manual_seed(0)
         exec(line, scope)
         images, A, b = torch.randn(4096, 128, generator=g), torch.ones(128), torch.zeros(128)
@@ -2796,7 +2925,7 @@ def test_readme_snippet_of_parts_keeps_a_queue_near_its_fresh_keys():
             queries = keys.clone().requires_grad_()
             scope["loss_of"](queries, keys, batch // 4).backward()
             assert queries.grad.isfinite().all()
-        kept = (torch.arange(100 - 32, 100) % 64 * 64)[:, None] + torch.arange(64)     # the newest 2,048 rows
+        kept = (torch.arange(100 - 32, 100) % 64 * 64)[:, None] + torch.arange(64)  # newest 2,048
         fresh = acbn.normalize(A * images[kept.flatten()] + b)
         stored = acbn.normalize(oldest_first(scope["memory"]))
         distances.append((stored - fresh).norm(dim=1).mean().item())
@@ -2808,22 +2937,25 @@ def test_readme_line_of_pytorch_metric_learning_is_replaced_by_the_same_loss():
     old, new = re.findall(r"^[-+](criterion = .*)$", readme_blocks("diff")[0], re.M)
     scope = {"CrossBatchLoss": CrossBatchLoss}
     exec("from pytorch_metric_learning.losses import CrossBatchMemory, MultiSimilarityLoss\n"
-         f"from pytorch_metric_learning.miners import MultiSimilarityMiner\n{old}\nold = criterion\n"
-         + new.replace("xbn", "xbm"), scope)
+         "from pytorch_metric_learning.miners import MultiSimilarityMiner\n"
+         f"{old}\nold = criterion\n" + new.replace("xbn", "xbm"), scope)
     for k in range(4):
         y = torch.arange(48) // 4
         z = (rows(12, 128, seed=9)[y] + 0.1 * rows(48, 128, seed=k)).float()
-        torch.testing.assert_close(scope["criterion"](z, y), scope["old"](z, y), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(scope["criterion"](z, y), scope["old"](z, y),
+                                   rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["MultiSimilarityLoss", "ContrastiveLoss", "TripletMarginLoss", "CircleLoss"])
+@pytest.mark.parametrize("name", ["MultiSimilarityLoss", "ContrastiveLoss", "TripletMarginLoss",
+                                  "CircleLoss"])
 def test_readme_line_runs_any_loss_of_pytorch_metric_learning_on_an_adapted_memory(name):
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     scope = {"pair_masks": acbn.pair_masks, "normalize": acbn.normalize}
     exec(readme_blocks("python")[2], scope)
     theirs, memory = getattr(losses, name)(), CrossBatchMemory(8, 24)
     for k in range(4):
-        z, y = rows(12, 8, seed=k, dtype=torch.float32).requires_grad_(), torch.arange(12) // 3 + k % 2
+        z = rows(12, 8, seed=k, dtype=torch.float32).requires_grad_()
+        y = torch.arange(12) // 3 + k % 2
         memory.embeddings.copy_(acbn.match_moments(memory.embeddings, *acbn.moments(z.detach())))
         own = memory.enqueue(z.detach(), y)
         value = scope["any_loss"](theirs, z, y, memory, own)

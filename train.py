@@ -4,8 +4,8 @@
     python train.py                             synthetic products, 2 minutes on two CPU cores
     python train.py --dataset sop --root DIR    the paper's setting; DIR: Stanford_Online_Products/
 
-Every epoch adds a line to <out>/log.jsonl and rewrites <out>/checkpoint.pt, and <out>/best.pt where it
-is the best so far. The same command continues where it stopped.
+Every epoch adds a line to <out>/log.jsonl and rewrites <out>/checkpoint.pt, and <out>/best.pt where
+it is the best so far. The same command continues where it stopped.
 """
 import argparse
 import json
@@ -25,21 +25,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 import acbn
 import data
-from eval import (FORMAT, Encoder, autocast, default_workers, embed_test, kept_buffers, load_checkpoint,
-                  load_weights, rank_and_world, scores, usable_device, usable_ks)
+from eval import (FORMAT, Encoder, autocast, default_workers, embed_test, kept_buffers,
+                  load_checkpoint, load_weights, rank_and_world, scores, usable_device, usable_ks)
 
 # ------------------------------------------------- settings
 
 PAPER = dict(
-    loss="supcon", backbone="resnet50", weights="imagenet", augment="paper", image_size=224, dim=512,
-    batch_size=64, epochs=50, head_epochs=2, lr=1e-4, lr_drops=[15, 30, 45], lr_decay=0.33,
-    weight_decay=0.01,
+    loss="supcon", backbone="resnet50", weights="imagenet", augment="paper", image_size=224,
+    dim=512, batch_size=64, epochs=50, head_epochs=2,
+    lr=1e-4, lr_drops=[15, 30, 45], lr_decay=0.33, weight_decay=0.01,
     memory_ratio=0.5, warmup_steps=0, gain_interval=100)        # Sec. 5.1
 SMALL = dict(
-    loss="ms", backbone="conv4", weights="none", augment="light", image_size=32, dim=128,
-    batch_size=16, epochs=7, head_epochs=0, lr=3e-4, lr_drops=[4, 6], lr_decay=0.33, weight_decay=0.01,
+    loss="ms", backbone="conv4", weights="none", augment="light", image_size=32,
+    dim=128, batch_size=16, epochs=7, head_epochs=0,
+    lr=3e-4, lr_drops=[4, 6], lr_decay=0.33, weight_decay=0.01,
     memory_ratio=0.5, warmup_steps=1000, gain_interval=100)     # from scratch, hence the warm-up
-PRESETS = {"synthetic": SMALL, "df2": {**PAPER, "memory_ratio": 1.0, "gain_interval": 10}}  # else PAPER
+PRESETS = {"synthetic": SMALL,                                  # the other data sets: PAPER
+           "df2": {**PAPER, "memory_ratio": 1.0, "gain_interval": 10}}
 
 
 def contrastive_pairs(sim, positive, negative):
@@ -68,7 +70,8 @@ def parse_args(argv=None):
     g("--image-size", type=number(int, 1), help="pixels a side (preset)")
     g("--augment", choices=("paper", "light", "none"), help="training transform (preset)")
     g("--workers", type=number(int, 0),
-      help="processes that read images, without effect on results (GPU: one a core, up to 16; CPU: 0)")
+      help="processes that read images, without effect on results (GPU: one a core, up to 16; "
+      "CPU: 0)")
     g = p.add_argument_group("method").add_argument
     g("--method", choices=acbn.METHODS, default="axbn", help="xbm+batch is the paper's XBM* (axbn)")
     g("--loss", choices=LOSSES, help="supcon, with pair margins, is the paper's (preset)")
@@ -79,8 +82,10 @@ def parse_args(argv=None):
     g("--fill-memory", action="store_true",
       help="after the warm-up, fill the memory at once with random training images")
     g("--process-noise", type=number(float, 0), default=1.0, help="q of the Kalman filter (1)")
-    g("--measurement-noise", type=number(float, 0), default=0.01, help="r, over the batch size (0.01)")
-    g("--gain-interval", type=number(int, 1), help="the gain is renewed every so many steps (preset)")
+    g("--measurement-noise", type=number(float, 0), default=0.01,
+      help="r, over the batch size (0.01)")
+    g("--gain-interval", type=number(int, 1),
+      help="the gain is renewed every so many steps (preset)")
     g("--momentum", type=number(float, 0, below=1), default=0.1,
       help="ema: share of the old estimate, in [0, 1) (0.1)")
     g = p.add_argument_group("model").add_argument
@@ -92,19 +97,22 @@ def parse_args(argv=None):
       help="batch norm uses the batch's statistics, as in the paper, or its stored ones (train)")
     g = p.add_argument_group("training").add_argument
     g("--batch-size", type=number(int, 1), help="images a step, over all processes (preset)")
-    g("--images-per-class", type=number(int, 1), default=4, help="images of each class in a batch (4)")
-    g("--epochs", type=number(int, 0), help="each of len(training images) // batch-size steps (preset)")
+    g("--images-per-class", type=number(int, 1), default=4,
+      help="images of each class in a batch (4)")
+    g("--epochs", type=number(int, 0),
+      help="each of len(training images) // batch-size steps (preset)")
     g("--head-epochs", type=number(int, 0), help="first, epochs of the last layer alone (preset)")
     g("--lr", type=number(float, 0, above=True), help="of AdamW (preset)")
     g("--lr-drops", type=number(int, 0), nargs="*",
       help="epochs after which the rate is multiplied by --lr-decay (preset)")
     g("--lr-decay", type=number(float, 0, above=True), help="(preset)")
     g("--weight-decay", type=number(float, 0), help="of AdamW (preset)")
-    g("--amp", choices=("off", "bf16", "fp16"), help="mixed precision; the rounding of bf16 hides the "
-      "drift that the log measures (fp16 on an Nvidia GPU, else off)")
-    g("--chunk", type=number(int, 0), default=0, help="keep the activations of at most so many images "
-      "at a time, for one more forward pass: large batches on a small GPU (0: of all)")
-    g("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(a GPU if there is one)")
+    g("--amp", choices=("off", "bf16", "fp16"), help="mixed precision; the rounding of bf16 hides "
+      "the drift that the log measures (fp16 on an Nvidia GPU, else off)")
+    g("--chunk", type=number(int, 0), default=0, help="keep the activations of at most so many "
+      "images at a time, for one more forward pass: large batches on a small GPU (0: of all)")
+    g("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+      help="(a GPU if there is one)")
     g("--seed", type=number(int, 0, below=2 ** 32), default=0, help="of everything random (0)")
     g("--deterministic", action="store_true", help="the same bits on a GPU too, but slower")
     add("--out", help="default runs/<dataset>-<method>-<loss>-b<batch>-s<seed>")
@@ -141,12 +149,12 @@ def join(args):
         try:    # the others wait while rank 0 searches; when a process dies torchrun ends them all
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=4))
         except ValueError as error:
-            raise data.UserError("WORLD_SIZE is set as if torchrun had started several processes, but "
-                                 f"it did not: {error}") from None
+            raise data.UserError("WORLD_SIZE is set as if torchrun had started several processes, "
+                                 f"but it did not: {error}") from None
 
 
 def gather(t):
-    """Slices (b, ...) of all processes in rank order -> (B, ...); gradient flows to this one's slice."""
+    """Slices (b, ...) of all processes in rank order -> (B, ...); gradient flows to this one's."""
     rank, world = rank_and_world()
     if world == 1:
         return t
@@ -213,17 +221,18 @@ def counting(loss, mine, pairs):
 
 
 def summary(seen, args, epoch, over):
-    """The log's part of an epoch so far (or over), from seen (4, steps): loss, gradient norm, positives
-    and negatives of each step. A loss or gradient that is not finite ends the run; fp16 may skip steps
-    with such a gradient, but not every one.
+    """The log's part of an epoch so far (or over), from seen (4, steps): loss, gradient norm,
+    positives and negatives of each step. A loss or gradient that is not finite ends the run; fp16
+    may skip steps with such a gradient, but not every one.
     """
     losses, norms, positives, negatives = seen.tolist()
     taken, fp16 = [norm for norm in norms if math.isfinite(norm)], args.amp == "fp16"
     bad = [k for k, (loss, norm) in enumerate(zip(losses, norms), 1)
            if not math.isfinite(loss) or not (math.isfinite(norm) or fp16 and (taken or not over))]
     if bad:
-        raise data.UserError(f"epoch {epoch}, step {bad[0]}: the loss or its gradient is not finite; "
-                             f"try a lower --lr than {args.lr:g}" + fp16 * ", or --amp bf16 or off")
+        raise data.UserError(f"epoch {epoch}, step {bad[0]}: the loss or its gradient is not "
+                             f"finite; try a lower --lr than {args.lr:g}"
+                             + fp16 * ", or --amp bf16 or off")
     return {"loss": fmean(losses), "gradient_norm": fmean(taken or [0]),
             "steps_skipped": len(norms) - len(taken), "steps_without_pairs": losses.count(0),
             "positives_mined": fmean(positives), "negatives_mined": fmean(negatives)}
@@ -246,12 +255,14 @@ def load_data(args):
     splits = everything
     if args.val_fraction:
         splits, val = data.hold_out(everything, args.val_fraction)
-        data.refuse_hopeless(data.Splits(splits.train, val), f"--val-fraction {args.val_fraction:g}")
+        data.refuse_hopeless(data.Splits(splits.train, val),
+                             f"--val-fraction {args.val_fraction:g}")
     sampler = data.ClassBalancedSampler(splits.train.labels, args.batch_size, args.images_per_class,
                                         args.seed, *rank_and_world())
-    if args.method != "none" and int(args.memory_ratio * len(splits.train.labels)) < args.batch_size:
-        raise data.UserError(f"--memory-ratio {args.memory_ratio:g} makes a memory of less than one "
-                             f"batch, --batch-size {args.batch_size}")
+    rows = int(args.memory_ratio * len(splits.train.labels))
+    if args.method != "none" and rows < args.batch_size:
+        raise data.UserError(f"--memory-ratio {args.memory_ratio:g} makes a memory of less than "
+                             f"one batch, --batch-size {args.batch_size}")
     return everything, splits, val, sampler
 
 
@@ -259,12 +270,13 @@ def make_model(args):
     """The encoder with its first weights, in training mode, on the device."""
     try:
         model = Encoder(args.backbone, args.dim, args.bn == "frozen", args.chunk, args.image_size)
-        with torch.no_grad():           # fails here already where the network cannot take such images
+        with torch.no_grad():       # fails here already where the network cannot take such images
             model.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
         load_weights(model, args.backbone, args.weights)
     except (ValueError, RuntimeError, AssertionError) as error:         # of torch and torchvision
-        raise data.UserError(f"--backbone {args.backbone} does not go with --weights {args.weights}, "
-                             f"--image-size {args.image_size}, --dim {args.dim}: {error}") from None
+        raise data.UserError(
+            f"--backbone {args.backbone} does not go with --weights {args.weights}, --image-size "
+            f"{args.image_size}, --dim {args.dim}: {error}") from None
     plain = args.amp == "off" or args.device.startswith("mps")  # Apple's: wrong gradients otherwise
     model.to(args.device, memory_format=torch.contiguous_format if plain else torch.channels_last)
     if args.bn == "train" and rank_and_world()[1] > 1 and args.device.startswith("cuda"):
@@ -277,9 +289,9 @@ def train_head(model, batches, sampler, args):
     criterion = acbn.CrossBatchLoss(args.dim, 1, "none", acbn.supcon_loss).to(args.device)
     head, world = parallel(model.head, args.device), rank_and_world()[1]
     optimizer = torch.optim.SGD(model.head.parameters(), lr=0.001)
-    model.eval()                                # the backbone's batch-norm statistics stay as they are
+    model.eval()                            # the backbone's batch-norm statistics stay as they are
     for epoch in range(args.head_epochs):
-        sampler.set_epoch(epoch - args.head_epochs)         # negative: other batches than training's
+        sampler.set_epoch(epoch - args.head_epochs)     # negative: other batches than training's
         for x, y in batches:
             with autocast(args.device, args.amp):
                 with torch.no_grad():
@@ -301,7 +313,7 @@ def fill_memory(model, criterion, split, args):
     batches = data.loader(images, args.workers, batch_size=args.batch_size, drop_last=True,
                           sampler=[(i, k) for k, i in enumerate(order)])
     with without_trace(model, random_state()), autocast(args.device, args.amp):
-        torch.manual_seed(args.seed)            # the same dropout, so the same rows, in every process
+        torch.manual_seed(args.seed)        # the same dropout, so the same rows, in every process
         for x, y in batches:
             z = acbn.normalize(model(x.to(args.device)))                        # (B, D)
             criterion.memory.enqueue(z, y.to(args.device))
@@ -330,15 +342,15 @@ def train_epoch(epoch, parts, network, batches, split, pairs, args):
         scaler.scale(world * loss).backward()       # gradients are averaged over the processes
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)     # clips nothing
-        scaler.step(optimizer)                                  # fp16: not where the norm is not finite
+        scaler.step(optimizer)                              # fp16: not where the norm is not finite
         scaler.update()
         seen[:, step - 1] = torch.stack([loss.detach(), norm, *pairs])
         if state:
             with without_trace(model, state), autocast(args.device, args.amp):
                 moved = acbn.normalize(gather(model(x).float()))            # (B, D)
             whole = acbn.normalize(whole.detach())
-            drifts.append((moved - whole).norm(dim=1))          # (B,) Eq. 5, dk = 1, the same pixels
-            spreads.append(whole.std(0, correction=0).norm())   # () 0: collapsed, 1: about the origin
+            drifts.append((moved - whole).norm(dim=1))      # (B,) Eq. 5, dk = 1, the same pixels
+            spreads.append(whole.std(0, correction=0).norm())       # () 0: collapsed, 1: centred
         now = time.perf_counter()
         if now - shown > 5 or step == steps:        # seldom: the host waits for the device here
             shown, speed = now, step / (now - start)
@@ -355,7 +367,7 @@ def train_epoch(epoch, parts, network, batches, split, pairs, args):
 
 
 def evaluate(model, splits, ks, args):
-    """The scores of the query split, searched in the gallery or in itself; {} but on the first rank."""
+    """The scores of the query split, searched in the gallery or in itself; {} but on rank 0."""
     query, gallery = embed_test(model, splits, vars(args), args.device, args.workers)
     return scores(query, gallery, ks) if rank_and_world()[0] == 0 else {}
 
@@ -369,8 +381,9 @@ def claim(out):
         import fcntl
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise data.UserError(f"--out {out}: another run is writing there; use another --out") from None
-    except (ImportError, OSError):          # no such locks on this system or disk: nothing is refused
+        raise data.UserError(f"--out {out}: another run is writing there; use another "
+                             "--out") from None
+    except (ImportError, OSError):      # no such locks on this system or disk: nothing is refused
         pass
     return lock
 
@@ -414,8 +427,8 @@ def resume(path, args, fingerprint, parts):
     for name in {**state["settings"], **vars(args)}:
         then, now = state["settings"].get(name), vars(args).get(name)
         if name not in MAY_CHANGE and then != now:
-            raise data.UserError(f"{path}: was made with --{name.replace('_', '-')} {then}, now it is "
-                                 f"{now}; use another --out")
+            raise data.UserError(f"{path}: was made with --{name.replace('_', '-')} {then}, now it "
+                                 f"is {now}; use another --out")
     if state["data"] != fingerprint:
         raise data.UserError(f"{path}: was made with other data: their names or labels differ from "
                              f"those in {args.root}; use another --out")
@@ -424,8 +437,8 @@ def resume(path, args, fingerprint, parts):
                              f"{world}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
-    for p, moments in parts["optimizer"].state.items():         # laid out as p, or fused AdamW, which
-        for name in ("exp_avg", "exp_avg_sq"):                  # ignores strides, would mix them up
+    for p, moments in parts["optimizer"].state.items():
+        for name in ("exp_avg", "exp_avg_sq"):      # laid out as p: fused AdamW ignores strides
             moments[name] = torch.empty_like(p).copy_(moments[name])
     set_random_state(state["rng"][rank])
     return state["records"]
@@ -444,7 +457,7 @@ def train(args):
     rank, world = rank_and_world()
     everything, splits, val, sampler = load_data(args)
     model = make_model(args)
-    torch.manual_seed(args.seed + rank)         # the same weights everywhere, but each its own dropout
+    torch.manual_seed(args.seed + rank)     # the same weights everywhere, but each its own dropout
     network = parallel(model, args.device)
     images = data.Images(splits.train, args.image_size, args.augment, training=True)
     batches = data.loader(images, args.workers, pin_memory=args.device.startswith("cuda"),
@@ -470,8 +483,8 @@ def train(args):
     resumed = (out / "checkpoint.pt").exists()
     records = resume(out / "checkpoint.pt", args, fingerprint, parts) if resumed else []
     if len(set(gather_object(len(records)))) > 1:       # all have looked before rank 0 writes
-        raise data.UserError(f"--out {out}: the processes find different checkpoints there; it must lie "
-                             "on a disk that all of them share")
+        raise data.UserError(f"--out {out}: the processes find different checkpoints there; it "
+                             "must lie on a disk that all of them share")
     if resumed:
         say(f"continuing {out} after epoch {records[-1]['epoch']}")
     elif (out / "log.jsonl").exists():
@@ -482,7 +495,7 @@ def train(args):
     if rank == 0:
         write(out / "settings.json", json.dumps(vars(args), indent=1) + "\n")
         if resumed:
-            write_log(out, records)         # it lacks a line if the run was killed after its checkpoint
+            write_log(out, records)     # it lacks a line if the run was killed after its checkpoint
 
     for epoch in range(len(records), args.epochs + 1):
         if epoch == 0:
@@ -527,7 +540,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")       # a terminal that lacks a sign is no error
+    sys.stdout.reconfigure(errors="backslashreplace")   # a terminal that lacks a sign is no error
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends it at once, like SIGTERM
     main()
     if dist.is_initialized():

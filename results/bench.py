@@ -263,8 +263,8 @@ TWINS = [(method, loss) for method in ("none", "xbm") for loss in ("ms", "supcon
 
 
 def twin_run(criterion, steps=200):
-    """The losses (steps,) of a small training in float64: the same weights and batches, whatever the
-    criterion.
+    """The losses (steps,) of a small training in float64: for each criterion the same weights and
+    batches.
 
     Noise keeps it hard: for a batch with a single mined pair of each kind the other library's loss
     is 0.
