@@ -2932,6 +2932,20 @@ def test_readme_snippet_of_parts_keeps_a_queue_near_its_fresh_keys():
     assert distances[0] < distances[1] / 2
 
 
+def test_readme_memory_that_follows_the_batch_before_moves_as_the_measured_variant():
+    scope, memory = {}, CrossBatchMemory(8, 24)
+    exec("".join(readme_blocks("python")[1:3]), scope)
+    for k in range(4):
+        z = rows(12, 8, seed=k, dtype=torch.float32)
+        z[:, 3 + k] = 0.1                           # a dimension that is constant in one batch
+        if k:
+            before = memory.embeddings[own]
+            moved = results_script("variants").moved(memory.embeddings, before, z, scale=True)
+            scope["follow"](memory, own, z)
+            torch.testing.assert_close(memory.embeddings, moved)
+        own = memory.enqueue(z, torch.arange(12))
+
+
 def test_readme_line_of_pytorch_metric_learning_is_replaced_by_the_same_loss():
     pytest.importorskip("pytorch_metric_learning")
     old, new = re.findall(r"^[-+](criterion = .*)$", readme_blocks("diff")[0], re.M)
@@ -2951,7 +2965,7 @@ def test_readme_line_of_pytorch_metric_learning_is_replaced_by_the_same_loss():
 def test_readme_line_runs_any_loss_of_pytorch_metric_learning_on_an_adapted_memory(name):
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     scope = {"pair_masks": acbn.pair_masks, "normalize": acbn.normalize}
-    exec(readme_blocks("python")[2], scope)
+    exec(readme_blocks("python")[3], scope)
     theirs, memory = getattr(losses, name)(), CrossBatchMemory(8, 24)
     for k in range(4):
         z = rows(12, 8, seed=k, dtype=torch.float32).requires_grad_()
@@ -2973,7 +2987,7 @@ def test_readme_snippet_of_new_images_runs(tmp_path, monkeypatch):
     tiny(tmp_path / "runs" / "synthetic-axbn-ms-b16-s0", "--epochs", "0")
     for k in range(9):
         jpeg(tmp_path / "photos" / f"{k}.jpg", k)
-    exec(readme_blocks("python")[3], {})
+    exec(readme_blocks("python")[4], {})
 
 
 def test_readme_explains_every_field_of_the_log(tmp_path):
