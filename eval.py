@@ -319,8 +319,8 @@ def read_embeddings(path):
         found = [(None, None), (None, None)]
         for k, name in enumerate(("query", "gallery")[:1 + ("gallery" in arrays)]):
             z, y = arrays.pop(name), arrays.pop(f"{name}_labels")
-            fits = z.ndim == 2 and y.shape == z.shape[:1]
-            if not fits or z.dtype.kind != "f" or y.dtype.kind not in "iu":
+            if (z.ndim != 2 or z.dtype.kind != "f" or y.shape != z.shape[:1]
+                    or y.dtype.kind not in "iu"):
                 raise ValueError(f"{name} must be floats (N, D) and {name}_labels integers (N,), "
                                  f"found {z.dtype} {z.shape} and {y.dtype} {y.shape}")
             found[k] = torch.from_numpy(z.astype(np.float32)), torch.from_numpy(y.astype(np.int64))

@@ -236,7 +236,7 @@ def test_alg1_published_values_give_a_gain_above_0_999():
 
 
 def axbn_twin(batches, M, q, r, interval):
-    """Algorithm 1 row by row in float64: in the end the rows, oldest first, and the filter."""
+    """Algorithm 1 row by row in float64: the last stored rows, oldest first, and the filter."""
     queue, mu, sigma, p, K = collections.deque(maxlen=M), None, None, 1.0, None
     for k, batch in enumerate(batches):
         batch = [row / math.sqrt(sum(v * v for v in row)) for row in batch]
@@ -1308,7 +1308,7 @@ def test_images_decoded_at_reduced_scale_look_like_the_whole_resized(tmp_path, r
         a, b = (images[key][0].float() for key in keys)
         assert (a - b).abs().mean() < 2
     cut = data.open_image(part.images[1], 64, data.centre, part.boxes[1])
-    box = (100 + 95 + 50, 50 + 50, 1090 - 95 - 50, 850 - 50)    # the centre 7/8 of its 800 x 800
+    box = (100 + 95 + 50, 50 + 50, 1090 - 95 - 50, 850 - 50)    # centre 7/8 of the box's 800 x 800
     expected = Image.open(part.images[1]).crop(box).resize((64, 64), Image.Resampling.BILINEAR)
     assert np.abs(np.asarray(cut, float) - np.asarray(expected, float)).mean() < 1
 
@@ -2240,7 +2240,8 @@ def test_train_names_a_loss_or_gradient_that_is_not_finite(tmp_path):
             ([1, inf, 1, 1], [1, 1, nan, 1], off, False, "step 2: "),
             ([1, 1, nan, 1], [1, inf, 1, 1], off, False, "step 2: "),
             ([1, 1, nan, 1], [1, inf, 1, 1], fp16, False, "step 3: .*or --amp bf16"),
-            ([1, 1, 1, 1], [inf, inf, nan, inf], fp16, True, "step 1: .*or --amp bf16")):
+            ([1, 1, 1, 1], [inf, inf, nan, inf], fp16, True,    # no step was taken
+             "step 1: .*or --amp bf16")):
         with pytest.raises(data.UserError, match=message):
             train.summary(torch.tensor([losses, norms, *pairs]), args, 1, over)
     skipped = torch.tensor([[1, 0, 1, 1], [inf, 1, nan, nan], *pairs])
@@ -2336,7 +2337,8 @@ def test_measuring_leaves_no_trace_in_the_training(tmp_path, monkeypatch):
     assert all(torch.equal(v, weights[-1][k]) for k, v in weights[0].items())
 
 
-@pytest.mark.parametrize("backbone", ["mobilenet_v2", "efficientnet_b0"])   # dropout, random depth
+@pytest.mark.parametrize("backbone", ["mobilenet_v2",           # dropout
+                                      "efficientnet_b0"])       # and stochastic depth
 def test_no_drift_is_measured_where_no_weight_moves_whatever_is_random(backbone, tmp_path):
     flags = ("--classes 8 --image-size 32 --batch-size 8 --epochs 1 --lr 1e-30 "
              "--weight-decay 0").split()
@@ -2457,7 +2459,8 @@ def test_two_processes_train_as_one(of_two, tmp_path):
         for name, weight in one["model"].items():
             assert (two["model"][name] - weight).abs().mean() < 1e-6
         for a, b in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values()):
-            assert (a["exp_avg"] - b["exp_avg"]).norm() <= 1e-3 * a["exp_avg"].norm()   # gradients
+            a, b = a["exp_avg"], b["exp_avg"]       # of the gradients
+            assert (a - b).norm() <= 1e-3 * a.norm()
         mine, other = (torch.load(of_two / f"{method}-{rank}.pt", weights_only=True)
                        for rank in (0, 1))
         assert len(mine) == len(other) and all(torch.equal(a, b) for a, b in zip(mine, other))
