@@ -251,9 +251,9 @@ class CrossBatchLoss(torch.nn.Module):
         The paper has the defaults, but an interval of 10 on DeepFashion2.
     momentum: 1 - K, for "ema"; the paper's best of 0.1 to 0.9 was 0.1 (App. C).
     warmup_steps: in so many first training calls every method acts like "none" and stores nothing.
-    In eval mode a batch is compared with the memory as it is and is not added to it; nothing
-    changes. A batch with a NaN has a NaN loss; its rows that hold one count as zeros in the memory
-    and the moments, so that later steps go on.
+    In eval mode nothing changes: a batch is compared with the memory as it is, or with itself
+    during the warm-up, and is not added. A batch with a NaN has a NaN loss; its rows that hold one
+    count as zeros in the memory and the moments, so that later steps go on.
     """
 
     def __init__(self, dim, size, method="axbn", loss=multi_similarity_loss,

@@ -127,16 +127,16 @@ def own_backbone(name, size):
     module, _, function = name.partition(":")
     sys.path.append(os.getcwd())
     try:
-        backbone = getattr(importlib.import_module(module), function)()
-        with torch.no_grad():
-            features = backbone.eval()(torch.zeros(2, 3, size, size))
-        two, width = features.shape
-        if two != 2:
-            raise ValueError(f"expected features (B, width), got {tuple(features.shape)} for B = 2")
-    except Exception as error:          # a user's own code can raise anything
-        raise data.UserError(f"--backbone {name}: it must return a network from images to features "
-                             f"(B, width): {error!r}") from None
-    return backbone, width
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise data.UserError(f"--backbone {name}: {error}") from None
+    backbone = make()                   # an error in it comes with its traceback
+    with torch.no_grad():
+        shape = tuple(backbone.eval()(torch.zeros(2, 3, size, size)).shape)
+    if len(shape) != 2 or shape[0] != 2:
+        raise data.UserError(f"--backbone {name}: expected features (2, width) of two images, "
+                             f"got {shape}")
+    return backbone, shape[1]
 
 
 @contextmanager
@@ -183,8 +183,8 @@ class Encoder(nn.Module):
         parts = x.tensor_split(-(-len(x) // self.chunk)) if self.chunk else [x]     # of one size
         if len(parts) == 1:
             return self.backbone((x - self.mean) / self.std)
-        # Computed anew on the way back, from the same random numbers; batch norm's statistics,
-        # which are a chunk's, move the first time only.
+        # Each part comes back here, as one part; and once more on the way back, with the same
+        # random numbers. Batch norm's statistics, which are a part's, move the first time only.
         return torch.cat([checkpoint(self.features, part, use_reentrant=False, context_fn=lambda: (
             nullcontext(), kept_buffers(self))) for part in parts])
 
@@ -196,7 +196,7 @@ def load_weights(encoder, backbone, weights):
     """Fill the encoder's backbone; weights: "none", "imagenet" (torchvision's best) or a file.
 
     The file holds a state_dict, perhaps under "state_dict" or "model"; the names in it may begin
-    with what DataParallel, DDP or another encoder put there.
+    with what DataParallel, DDP or another encoder put there. A run's checkpoint will do, too.
     """
     if weights == "none":
         return
@@ -214,15 +214,12 @@ def load_weights(encoder, backbone, weights):
         if not isinstance(state, dict):
             raise data.UserError(f"{weights}: not a state_dict but a {type(state).__name__}")
     prefix, network = re.compile(r"^((module|backbone|model|_orig_mod)\.)+"), encoder.backbone
-    own, modules = network.state_dict(), dict(network.named_modules())
+    own = network.state_dict()
     state = {name if name in own else prefix.sub("", str(name)): v for name, v in state.items()}
-    lacks, more = network.load_state_dict(state, strict=False)              # other shapes raise
-    lacks = [name for name in lacks if not name.endswith("num_batches_tracked")]    # older files do
-    more = [name for name in more       # of the last layer, which has gone, they are no surprise
-            if not isinstance(modules.get(name.rpartition(".")[0]), nn.Identity)]
-    if lacks or more:
-        raise data.UserError(f"{weights}: not a state_dict of {backbone}: " + (
-            f"{lacks[0]} is missing" if lacks else f"it has no {more[0]}"))
+    gone = tuple(f"{name}." for name, layer in network.named_modules()      # the classifier's
+                 if isinstance(layer, nn.Identity))
+    network.load_state_dict({name: v for name, v in state.items()
+                             if name in own or not name.startswith(("head.", *gone))})
 
 
 def load_file(path):
@@ -258,6 +255,14 @@ def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def gather_object(value):
+    """[the value of each process, in rank order]."""
+    values = [value] * rank_and_world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def autocast(device, amp):
     """Mixed precision as --amp names it: off, bf16 or fp16."""
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
@@ -277,28 +282,16 @@ def embed(model, split, settings, device="cpu", workers=0):
     mine = batches[rank * len(batches) // world:(rank + 1) * len(batches) // world]
     loader = data.loader(images, workers, batch_sampler=[batch.tolist() for batch in mine])
     with autocast(device, settings["amp"]):
-        parts = [model(x.to(device)).float() for x, _ in loader]                    # each (b, D)
-    if world > 1:
-        shares = [None] * world
-        dist.all_gather_object(shares, [part.cpu() for part in parts])
-        parts = [part.to(device) for share in shares for part in share]
+        share = [model(x.to(device)).float() for x, _ in loader]                    # each (b, D)
     model.train(was_training)
-    return torch.cat(parts), split.labels.to(device)
+    shares = gather_object([part.cpu() for part in share])
+    return torch.cat(sum(shares, [])).to(device), split.labels.to(device)           # (N, D), (N,)
 
 
 def embed_test(model, splits, settings, device="cpu", workers=0):
     """[(z, y) of the queries, (z, y) of the gallery]; (None, None) if queries are the gallery."""
     return [embed(model, part, settings, device, workers) if part else (None, None)
             for part in (splits.query, splits.gallery)]
-
-
-def usable_ks(ks, query, gallery=None):
-    """The K below the number of images that a query of labels (Q,) is compared with."""
-    size = len(query) - 1 if gallery is None else len(gallery)
-    if max(ks) >= size:
-        print(f"note: Recall@{{{','.join(str(k) for k in ks if k >= size)}}} left out, "
-              f"the gallery has {size} images", file=sys.stderr)
-    return [k for k in ks if k < size]
 
 
 def save_embeddings(path, splits, query, gallery, ks):
@@ -352,10 +345,12 @@ def default_workers(device):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="Scores of a checkpoint.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Scores of a checkpoint, by "
+                                     "default on the data that it was trained for.")
     add = parser.add_argument
     add("file", type=Path, help="checkpoint.pt or best.pt of a run, or embeddings in an .npz file")
-    data.add_flags(add)         # default: as in training
+    data.add_flags(add)
+    parser.set_defaults(**dict.fromkeys(data.FLAGS))            # None: as in training
     add("--workers", type=data.number(int, 0),
         help="processes that read images (GPU: one a core, up to 16; CPU: 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -375,17 +370,14 @@ def parse_args(argv=None):
 def evaluate_checkpoint(args):
     """(the data set's name, its splits, [(z, y) of the queries, (z, y) of the gallery])."""
     model, state = rebuild(args.file)
-    names = ("dataset", "test_list", "df2_labels", "classes", "max_images", "root", "allow_partial")
-    given = {name: getattr(args, name) for name in names if getattr(args, name)}
-    differs = {name for name in given if given[name] != state["settings"][name]}
+    given = {name: getattr(args, name) for name in data.FLAGS if getattr(args, name)}
     settings = {**state["settings"], **given}
     splits = data.load_for(settings, settings["allow_partial"])
-    options = data.DATASETS[settings["dataset"]].options
-    wished = "dataset" in given and differs & {"dataset", "root"} or differs & set(options)
-    if not wished and data.fingerprint(splits) != state["data"]:
+    other = given.keys() & {"dataset", *data.DATASETS[settings["dataset"]].options}     # asked for
+    if not other and data.fingerprint(splits) != state["data"]:
         raise data.UserError(
             f"{args.file}: was made with other data than lie in {settings['root']}: their names or "
-            "labels differ (--dataset with another --root scores others)")
+            "labels differ (--dataset scores them all the same)")
     found = embed_test(model.to(args.device), splits, settings, args.device, args.workers)
     return settings["dataset"], splits, found
 
@@ -400,7 +392,7 @@ def run(args):
     for part, (z, y) in zip(("query", "gallery"), found):
         if y is not None:
             print(f"{args.file}: {part} {len(y)} images of {len(y.unique())} classes")
-    result = scores(*found, usable_ks(ks, found[0][1], found[1][1]))
+    result = scores(*found, ks)
     print("  ".join(f"{key} {100 * value:.2f}" for key, value in result.items()))
     print(json.dumps({"dataset": name, **result}))
     if args.save:

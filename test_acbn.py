@@ -1184,11 +1184,7 @@ def test_inshop_replica_in_every_layout(tmp_path, place, images):
 
 
 @pytest.mark.parametrize("edit, message", [
-    (lambda t: t.replace("30", "31", 1),
-     "line 1: says 31 images, 30 of train, query or gallery follow"),
     (lambda t: t.replace("image_name", "name", 1), "line 2: expected 'image_name item_id"),
-    (lambda t: t.replace(" query ", " probe ", 1),
-     "line 1: says 30 images, 29 of train, query or gallery"),
     (lambda t: t.replace("id_00000001 train", "id_x train", 1),
      "line 3: expected 'image_name item_id"),
     (lambda t: t.replace("id_00000001 train", "train", 1), "line 3: expected 'image_name item_id"),
@@ -1783,8 +1779,6 @@ def test_a_backbone_of_ones_own_is_trained_and_rebuilt(tmp_path, monkeypatch, ca
         "def small():\n"
         "    return nn.Sequential(nn.Flatten(), nn.LazyLinear(12), nn.BatchNorm1d(12))\n"
         "def maps():\n    return nn.Conv2d(3, 2, 1)\n"
-        "def nothing():\n    pass\n"
-        "def more(width):\n    pass\n"
         "def other():\n"
         "    return nn.Sequential(nn.Flatten(1), nn.Unflatten(1, (2, -1)), nn.Flatten(0, 1), "
         "nn.LazyLinear(3))\n")
@@ -1792,11 +1786,8 @@ def test_a_backbone_of_ones_own_is_trained_and_rebuilt(tmp_path, monkeypatch, ca
     evaluation.main(["run/checkpoint.pt", "--device", "cpu"])
     scored = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert scored["recall@1"] == pytest.approx(record["recall@1"])
-    for name, message in (
-            ("maps", "too many values"), ("nothing", "no attribute 'eval'"), ("more", "argument"),
-            ("other", r"expected features \(B, width\), got \(4, 3\) for B = 2")):
-        with pytest.raises(SystemExit,
-                           match=f"mymodels:{name}: it must return a network .*{message}"):
+    for name, shape in (("maps", "2, 2, 16, 16"), ("other", "4, 3")):
+        with pytest.raises(SystemExit, match=rf"mymodels:{name}: expected features .*\({shape}\)"):
             tiny(name, "--backbone", f"mymodels:{name}")
 
 
@@ -1809,7 +1800,9 @@ def test_weights_are_read_in_the_forms_that_people_have(tmp_path, monkeypatch):
     for state in (plain, old, {"model": plain, "epoch": 3}, {"state_dict": plain},
                   {"state_dict": {f"module.{name}": v for name, v in plain.items()}},
                   {f"_orig_mod.model.{name}": v for name, v in plain.items()},
-                  {"model": {f"module.backbone.{name}": v for name, v in plain.items()}}):
+                  {"model": {f"module.backbone.{name}": v for name, v in plain.items()}},
+                  {"model": {"head.weight": torch.ones(8, 512),         # a run's checkpoint
+                             **{f"backbone.{name}": v for name, v in plain.items()}}}):
         torch.save(state, path)
         encoder = evaluation.Encoder("resnet18", 8)
         evaluation.load_weights(encoder, "resnet18", str(path))
@@ -1819,8 +1812,8 @@ def test_weights_are_read_in_the_forms_that_people_have(tmp_path, monkeypatch):
             ({"model": plain, "args": argparse.Namespace(lr=1)}, "argparse.Namespace"),
             ([plain], "not a state_dict but a list"),
             ({"model": "resnet18"}, "not a state_dict but a str"),
-            ({"state_dict": {0: 1}}, "not a state_dict of resnet18: conv1.weight is missing"),
-            (torchvision.models.resnet34().state_dict(), "it has no layer1.2.conv1.weight"),
+            ({"state_dict": {0: 1}}, 'Missing .*"conv1.weight"'),
+            (torchvision.models.resnet34().state_dict(), 'Unexpected .*"layer1.2.conv1.weight"'),
             ({**plain, "conv1.weight": torch.ones(3)}, "size mismatch for conv1.weight")):
         torch.save(state, path)
         with pytest.raises(data.UserError, match=f"(?s)weights.pt.*{message}"):
@@ -1919,9 +1912,8 @@ def test_train_writes_log_settings_and_checkpoints(tmp_path, capsys):
     for key in ("loss", "lr", "gain", "positives_mined", "negatives_mined", "images_per_second",
                 "drift_mean", "drift_max", "spread", "recall@1", "recall@10", "map@r"):
         assert math.isfinite(records[2][key]), key
-    assert (records[2]["drift_max"] >= records[2]["drift_mean"] > 0
-            and "recall@100" not in records[2])
-    assert json.loads((tmp_path / "settings.json").read_text())["method"] == "axbn"
+    assert records[2]["drift_max"] >= records[2]["drift_mean"] > 0
+    assert records[0]["settings"]["method"] == "axbn"
     best = max(r["recall@1"] for r in records)
     assert re.search(rf"Recall@1: last {100 * records[2]['recall@1']:.2f} \(epoch 2\), "
                      rf"best {100 * best:.2f} ", capsys.readouterr().out.splitlines()[-1])
@@ -2177,10 +2169,7 @@ def test_run_knows_the_data_that_it_was_trained_on(tmp_path):
             evaluation.main([str(out / "best.pt"), "--root", str(other)])
         with pytest.raises(SystemExit, match="checkpoint.pt: was made with other data"):
             train.main([*flags, str(other), "--epochs", "2"])
-        with (contextlib.nullcontext() if other != root
-              else pytest.raises(SystemExit, match="other data")):
-            evaluation.main([str(out / "best.pt"), "--dataset", "folder",       # by wish
-                             "--root", str(other)])
+        evaluation.main([str(out / "best.pt"), "--dataset", "folder", "--root", str(other)])
 
 
 def test_a_log_without_its_checkpoint_is_kept_and_a_memory_that_never_starts_is_told(
@@ -2954,15 +2943,17 @@ def test_readme_memory_that_follows_the_batch_before_moves_as_the_measured_varia
 def test_readme_line_of_pytorch_metric_learning_is_replaced_by_the_same_loss():
     pytest.importorskip("pytorch_metric_learning")
     old, new = re.findall(r"^[-+](criterion = .*)$", readme_blocks("diff")[0], re.M)
-    scope = {"CrossBatchLoss": CrossBatchLoss}
-    exec("from pytorch_metric_learning.losses import CrossBatchMemory, MultiSimilarityLoss\n"
+    new, scope = new.replace('"xbn", warmup_steps=10_000', '"xbm"'), {}
+    exec("from acbn import CrossBatchLoss\n"
+         "from pytorch_metric_learning.losses import CrossBatchMemory, MultiSimilarityLoss\n"
          "from pytorch_metric_learning.miners import MultiSimilarityMiner\n"
-         f"{old}\nold = criterion\n" + new.replace("xbn", "xbm"), scope)
+         f"{old}\nold = criterion\n{new}\n", scope)
     for k in range(4):
         y = torch.arange(48) // 4
-        z = (rows(12, 128, seed=9)[y] + 0.1 * rows(48, 128, seed=k)).float()
-        torch.testing.assert_close(scope["criterion"](z, y), scope["old"](z, y),
-                                   rtol=1e-4, atol=1e-5)
+        z = (rows(12, 128, seed=9)[y] + 1.5 * rows(48, 128, seed=k)).float()
+        value = scope["criterion"](z, y)
+        torch.testing.assert_close(value, scope["old"](z, y), rtol=1e-4, atol=1e-5)
+        assert value > 0.1
 
 
 @pytest.mark.parametrize("name", ["MultiSimilarityLoss", "ContrastiveLoss", "TripletMarginLoss",

@@ -25,8 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import acbn
 import data
-from eval import (FORMAT, Encoder, autocast, default_workers, embed_test, kept_buffers,
-                  load_checkpoint, load_weights, rank_and_world, scores, usable_device, usable_ks)
+from eval import (FORMAT, Encoder, autocast, default_workers, embed_test, gather_object,
+                  kept_buffers, load_checkpoint, load_weights, rank_and_world, scores,
+                  usable_device)
 
 # ------------------------------------------------- settings
 
@@ -44,15 +45,11 @@ PRESETS = {"synthetic": SMALL,                                  # the other data
            "df2": {**PAPER, "memory_ratio": 1.0, "gain_interval": 10}}
 
 
-def contrastive_pairs(sim, positive, negative):
-    """The pairs that XBM's contrastive loss looks at: two masks (B, N)."""
-    return positive, negative & (sim > 0.5)
-
-
 LOSSES = {              # name: (the loss, the mining whose pairs the log counts)
     "ms": (acbn.multi_similarity_loss, acbn.multi_similarity_pairs),
     "supcon": (acbn.mined_supcon_loss, acbn.pair_margin),
-    "contrastive": (acbn.contrastive_loss, contrastive_pairs),
+    "contrastive": (acbn.contrastive_loss,
+                    lambda sim, positive, negative: (positive, negative & (sim > 0.5))),
 }
 MAY_CHANGE = {"epochs", "workers", "device", "out", "root", "allow_partial"}    # on resuming
 
@@ -64,7 +61,7 @@ def parse_args(argv=None):
     add = p.add_argument
     number = data.number
     g = p.add_argument_group("data").add_argument
-    data.add_flags(g, "synthetic")
+    data.add_flags(g)
     g("--val-fraction", type=number(float, 0, below=1), default=0.0,
       help="share of training classes held out to choose the best epoch on (0: the test split)")
     g("--image-size", type=number(int, 1), help="pixels a side (preset)")
@@ -164,14 +161,6 @@ def gather(t):
     return torch.cat(parts)
 
 
-def gather_object(value):
-    """[the value of each process, in rank order]."""
-    values = [value] * rank_and_world()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
-
-
 def parallel(module, device):
     """The module with its gradients averaged over the processes; with one process, the module."""
     if rank_and_world()[1] == 1:
@@ -203,17 +192,16 @@ def without_trace(model, state):
     """Inside: no gradients, and the random numbers that follow `state`. Afterwards buffers (batch
     norm's statistics) and random numbers are as before.
     """
-    before = random_state()
-    set_random_state(state)
-    try:
-        with torch.no_grad(), kept_buffers(model):
-            yield
-    finally:
-        set_random_state(before)
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(gpus), torch.no_grad(), kept_buffers(model):
+        set_random_state(state)
+        yield
 
 
 def counting(loss, mine, pairs):
-    """The loss; whenever it is computed, it leaves the numbers of mined pairs in pairs (2,)."""
+    """The loss; whenever it is computed, it leaves the numbers of mined pairs in pairs (2,). (With
+    xbm+batch it is computed twice a step; the memory's pairs stay.)
+    """
     def counted(sim, positive, negative):
         pairs.copy_(torch.stack([mask.sum() for mask in mine(sim.detach(), positive, negative)]))
         return loss(sim, positive, negative)
@@ -227,8 +215,9 @@ def summary(seen, args, epoch, over):
     """
     losses, norms, positives, negatives = seen.tolist()
     taken, fp16 = [norm for norm in norms if math.isfinite(norm)], args.amp == "fp16"
+    may_skip = fp16 and (taken or not over)
     bad = [k for k, (loss, norm) in enumerate(zip(losses, norms), 1)
-           if not math.isfinite(loss) or not (math.isfinite(norm) or fp16 and (taken or not over))]
+           if not math.isfinite(loss) or not math.isfinite(norm) and not may_skip]
     if bad:
         raise data.UserError(f"epoch {epoch}, step {bad[0]}: the loss or its gradient is not "
                              f"finite; try a lower --lr than {args.lr:g}"
@@ -321,7 +310,7 @@ def fill_memory(model, criterion, split, args):
 
 def train_epoch(epoch, parts, network, batches, split, pairs, args):
     """One epoch, step by step; returns its line of the log."""
-    model, criterion, optimizer, scaler = parts.values()
+    model, criterion, optimizer, scaler = parts.values()        # in the order of train()
     world, steps, drifts, spreads = rank_and_world()[1], len(batches), [], []
     every = min(50, max(1, steps // 6))                         # drift is measured at these steps
     rate = args.lr * args.lr_decay ** sum(epoch > drop for drop in args.lr_drops)
@@ -465,8 +454,9 @@ def train(args):
     pairs = torch.zeros(2, device=args.device)                  # mined in the last step
     criterion = acbn.CrossBatchLoss(
         args.dim, 1 if args.method == "none" else int(args.memory_ratio * len(images)), args.method,
-        counting(*LOSSES[args.loss], pairs), args.process_noise, args.measurement_noise,
-        args.gain_interval, args.momentum, args.warmup_steps).to(args.device)
+        counting(*LOSSES[args.loss], pairs), process_noise=args.process_noise,
+        measurement_noise=args.measurement_noise, gain_interval=args.gain_interval,
+        momentum=args.momentum, warmup_steps=args.warmup_steps).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
                                   fused=True)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16")
@@ -474,8 +464,7 @@ def train(args):
 
     # Start, or continue where a run in the same folder stopped.
     say(*data.describe(splits), json.dumps(vars(args)))
-    ks = usable_ks(data.DATASETS[args.dataset].ks, splits.query.labels,
-                   splits.gallery and splits.gallery.labels)
+    ks = data.DATASETS[args.dataset].ks
     out, fingerprint = Path(args.out), data.fingerprint(everything)
     say(f"writing to {out}; stopped at any time, the same command continues after the last epoch")
     out.mkdir(parents=True, exist_ok=True)
@@ -492,10 +481,8 @@ def train(args):
     if args.method != "none" and 0 < args.epochs * len(batches) <= args.warmup_steps:
         say(f"warning: --warmup-steps {args.warmup_steps}: the memory does not start in "
             f"{args.epochs} epochs of {len(batches)} steps")
-    if rank == 0:
-        write(out / "settings.json", json.dumps(vars(args), indent=1) + "\n")
-        if resumed:
-            write_log(out, records)     # it lacks a line if the run was killed after its checkpoint
+    if resumed and rank == 0:
+        write_log(out, records)         # it lacks a line if the run was killed after its checkpoint
 
     for epoch in range(len(records), args.epochs + 1):
         if epoch == 0:
