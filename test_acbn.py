@@ -11,13 +11,11 @@ import doctest
 import errno
 import functools
 import hashlib
-import http.server
 import importlib.util
 import inspect
 import json
 import math
 import os
-import random
 import re
 import shlex
 import shutil
@@ -25,9 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,13 +59,16 @@ def rows(n, d, seed=0, dtype=torch.float64):
 
 
 def case(B=12, N=40, classes=5, seed=0, dtype=torch.float64):
-    """Similarities (B, N) of anchors to references near their class centres, and both masks."""
+    """Similarities (B, N) of anchors to references near their class centres, and both masks, which
+    leave out a tenth of the pairs.
+    """
     g = torch.Generator().manual_seed(seed)
     centre = torch.randn(classes, 6, generator=g, dtype=dtype)
     y, ref_y = (torch.randint(classes, (n,), generator=g) for n in (B, N))
     z, ref = (acbn.normalize(centre[t] + torch.randn(len(t), 6, generator=g, dtype=dtype))
               for t in (y, ref_y))
-    return (z @ ref.T, *acbn.pair_masks(y, ref_y))
+    pairs = torch.rand(B, N, generator=g) < 0.9
+    return (z @ ref.T, *(mask & pairs for mask in acbn.pair_masks(y, ref_y)))
 
 
 def drifting(steps, B=8, dim=5, seed=0, dtype=torch.float32, device="cpu"):
@@ -143,8 +142,9 @@ def test_functions_that_are_read_are_those_that_train(name, method, monkeypatch)
 
 # ------------------------------------------------- moments, Eqs. 6 to 12 and 23
 
-def test_eq6_moments_and_matching_equal_a_float64_loop():
-    z, target = rows(50, 7).numpy(), rows(9, 7, seed=1).numpy()
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_eq6_moments_and_matching_equal_a_float64_loop(scale):
+    z, target = (rows(50, 7) * scale).numpy(), (rows(9, 7, seed=1) * scale).numpy()
     expected = np.empty_like(z)
     for d in range(7):
         mean, t_mean = sum(z[:, d]) / 50, sum(target[:, d]) / 9
@@ -153,20 +153,7 @@ def test_eq6_moments_and_matching_equal_a_float64_loop():
         for i in range(50):
             expected[i, d] = (z[i, d] - mean) / std * t_std + t_mean
     got = acbn.match_moments(torch.tensor(z), *acbn.moments(torch.tensor(target)))
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_eq6_matched_moments_are_the_target_at_any_scale_and_twice_is_once(seed):
-    rng = np.random.default_rng(seed)
-    scale = 10.0 ** rng.uniform(-20, 20)
-    z, target = (torch.tensor((rng.normal(size=(n, 5)) + rng.normal(size=5)) * scale)
-                 for n in (60, 9))
-    once = acbn.match_moments(z, *acbn.moments(target))
-    for got, expected in zip(acbn.moments(once), acbn.moments(target)):
-        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11 * scale)
-    twice = acbn.match_moments(once, *acbn.moments(target))
-    torch.testing.assert_close(twice, once, rtol=1e-11, atol=1e-11 * scale)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12 * scale)
 
 
 def test_eq6_is_batch_norm_of_the_memory():
@@ -207,21 +194,14 @@ def test_eq6_one_row_has_no_deviation_and_is_shifted():
 
 # ------------------------------------------------- the filter, Eqs. 18-22 and Algorithm 1
 
-@pytest.mark.parametrize("q, r",
-                         [(1.0, 0.01 / 64), (1e-3, 0.03), (0.0, 0.1), (3e7, 2e-9), (0.5, 0.0)])
-def test_alg1_lines_1_to_3_equal_a_float_loop_and_reach_the_fixed_point(q, r):
-    p, twin, single = 1.0, 1.0, torch.ones(())
+@pytest.mark.parametrize("q, r", [(1.0, 0.01 / 64), (1e-3, 0.03), (0.0, 0.1), (0.5, 0.0)])
+def test_alg1_lines_1_to_3_reach_the_fixed_point_of_the_filter(q, r):
+    p = 1.0
     for _ in range(500):
         p, K = acbn.kalman_gain(p, q, r)
-        single, K_single = acbn.kalman_gain(single, q, r)
-        prior = twin + q
-        gain = prior / (prior + r)
-        twin = (1 - gain) * prior
-        assert p == pytest.approx(twin, rel=1e-12) and K == pytest.approx(gain, rel=1e-12)
-        assert K_single.item() == pytest.approx(gain, rel=1e-5) and 0 <= p <= r + 1e-15 * prior
     if q:
         fixed = (math.sqrt(q * q + 4 * q * r) - q) / 2  # the root of p = (p + q) r / (p + q + r)
-        assert p == pytest.approx(fixed, rel=1e-6, abs=1e-8)
+        assert p == pytest.approx(fixed, rel=1e-9, abs=1e-12)
         assert K == pytest.approx((fixed + q) / (fixed + q + r), rel=1e-9)
     else:
         assert 1 / p == pytest.approx(1 + 500 / r, rel=1e-9)    # a plain average: precisions add up
@@ -284,6 +264,8 @@ def test_alg1_constant_gain_is_an_exponential_average():         # App. C
 
 @pytest.mark.parametrize("other", [dict(method="axbn", measurement_noise=0.0),
                                    dict(method="ema", momentum=0.0)])
+
+
 def test_eq23_without_measurement_noise_or_momentum_is_xbn_to_the_last_bit(other):
     xbn, same = CrossBatchLoss(5, 30, "xbn"), CrossBatchLoss(5, 30, gain_interval=1, **other)
     for (a, grad_a), (b, grad_b) in zip(run(xbn), run(same)):
@@ -402,21 +384,6 @@ def test_losses_do_not_overflow(dtype):
             assert value.isfinite() and torch.autograd.grad(value, sim)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_losses_depend_neither_on_order_nor_on_what_is_no_pair(seed):
-    rng = np.random.default_rng(seed)
-    B, N, classes = (int(rng.integers(1, n)) for n in (30, 300, 60))
-    sim, positive, negative = case(B, N, classes, seed)
-    order, turn = torch.randperm(N), torch.randperm(B)
-    for loss in LOSSES:
-        value = loss(sim, positive, negative)
-        others = [m[turn][:, order] for m in (sim, positive, negative)]
-        torch.testing.assert_close(loss(*others), value, rtol=1e-10, atol=1e-12)
-        none = [torch.cat([m, n], 1) for m, n in zip((sim, positive, negative), (
-            torch.rand(B, 7, dtype=sim.dtype), *torch.zeros(2, B, 7, dtype=torch.bool)))]
-        torch.testing.assert_close(loss(*none), value, rtol=1e-10, atol=1e-12)
-
-
 SIM = case(dtype=torch.float32)
 COMPILED = {"moments": (SIM[0],), "match_moments": (SIM[0], *acbn.moments(SIM[0] + 1)),
             "kalman_gain": (torch.ones(()), 1.0, 0.01), "normalize": (SIM[0],),
@@ -488,7 +455,7 @@ def test_memory_alone_keeps_its_place_in_its_state():
     assert oldest_first(other, other.labels).tolist() == [3, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("B", [1, 3, 4, 7, 11])
 def test_memory_excludes_the_anchors_own_slot_and_no_copy(B, dtype):
     seen, M = Recorder(), 7
@@ -641,27 +608,6 @@ def test_loss_with_a_parameter_is_trained(method):
     assert_same_state(restored, criterion)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_ranks_hold_the_same_memory_and_the_gradient_is_not_off_by_the_world_size(method):
-    """Each rank's own slice is live in the batch gathered in rank order; the ranks take turns."""
-    one, W = CrossBatchLoss(5, 30, method), 2
-    ranks = [CrossBatchLoss(5, 30, method) for _ in range(2)]
-    for k in range(5):
-        z, y = rows(8, 5, seed=k, dtype=torch.float32).requires_grad_(), torch.arange(8) // 2
-        loss = one(z, y)
-        (expected,) = torch.autograd.grad(loss, z)
-        for rank, criterion in enumerate(ranks):
-            slices = list(z.detach().split(4))
-            slices[rank].requires_grad_()
-            live = slices[rank]
-            local = criterion(torch.cat(slices), y)
-            (grad,) = torch.autograd.grad(W * local, live)
-            own = expected[4 * rank:4 * rank + 4]
-            torch.testing.assert_close(grad / W, own)           # DDP divides by W
-            torch.testing.assert_close(local, loss)
-            assert torch.equal(criterion.memory.embeddings, one.memory.embeddings)
-
-
 # ------------------------------------------------- the loss against the memory: state
 
 @pytest.mark.parametrize("bad", [(3,), (0, 1, 2, 4, 5, 6, 7), range(8)], ids=len)
@@ -684,81 +630,69 @@ def test_one_batch_that_is_not_finite_has_a_nan_loss_and_spreads_no_further(meth
                 (grad,) = torch.autograd.grad(criterion(z, y), z)
                 assert grad.isfinite().all()
             assert all(v.isfinite().all() for v in criterion.state_dict().values())
-        if method == "xbn":                 # the next batch sets the moments, whatever was before
-            criterion.adapt(acbn.normalize(z.detach()))
-            for got, own in zip(acbn.moments(criterion.memory.embeddings),
-                                acbn.moments(acbn.normalize(z.detach()))):
-                torch.testing.assert_close(got, own)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_state_does_not_change_in_eval_mode(method):
     criterion, twin = (CrossBatchLoss(5, 20, method, gain_interval=2) for _ in range(2))
     for z, y in drifting(5):
-        before, values = copy.deepcopy(criterion), []
+        before, values, reference = copy.deepcopy(criterion), [], criterion.memory.embeddings
+        expected = (method in ("none", "xbm+batch")) * CrossBatchLoss(5, 1, "none")(z, y)
+        if len(reference):
+            sim = acbn.normalize(z) @ acbn.normalize(reference).T
+            expected = expected + criterion.loss(
+                sim, *acbn.pair_masks(y, criterion.memory.labels))
         criterion.eval()
         for mode in (contextlib.nullcontext, torch.no_grad, torch.inference_mode):
             with mode():
-                values.append(criterion(z, y).item())
+                values.append(criterion(z, y))
+        for value in values:
+            torch.testing.assert_close(value, expected)
+        assert torch.autograd.grad(values[0], z)[0].isfinite().all()
         assert_same_state(criterion, before)
-        loss, reference = criterion(z, y), acbn.normalize(criterion.memory.embeddings)
-        (grad,) = torch.autograd.grad(loss, z)  # of an empty memory: a zero that keeps the graph
-        if method == "none":
-            expected = twin(z, y)
-        else:
-            masks, expected = acbn.pair_masks(y, criterion.memory.labels), torch.zeros(())
-            if len(reference):
-                expected = criterion.loss(acbn.normalize(z) @ reference.T, *masks)
-            expected = expected + (CrossBatchLoss(5, 1, "none")(z, y)
-                                   if method == "xbm+batch" else 0)
-        torch.testing.assert_close(torch.tensor(values), expected.detach().expand(3))
-        assert grad.isfinite().all()
         criterion.train()
-        assert torch.equal(criterion(z, y), twin(z, y) if method != "none" else expected)
+        assert torch.equal(criterion(z, y), twin(z, y))
 
 
 @pytest.mark.parametrize("dead", [[2], [0, 1, 2, 3, 4]])    # a dead dimension; one image 8 times
 @pytest.mark.parametrize("method", ADAPTING)
 def test_state_is_shifted_and_not_scaled_by_a_batch_constant_in_a_dimension(method, dead):
     criterion = CrossBatchLoss(5, 24, method, process_noise=0.01, measurement_noise=1.0,
-                               momentum=0.3)
-    criterion.double()
-    spared = copy.deepcopy(criterion)
-    batches = [(acbn.normalize(z.detach()), y) for z, y in drifting(9, dtype=torch.float64)]
-    for k, (z, y) in enumerate(batches):
+                               momentum=0.3).double()
+    for k, (z, y) in enumerate(drifting(9, dtype=torch.float64)):
+        z = z.detach()
         if k in (0, 4):         # the first batch, too: no deviation of 0 is taken for an estimate
-            z = z.clone()
             z[:, dead] = z[0, dead]
-            before, estimate = criterion.memory.embeddings.clone(), criterion.std.clone()
-            criterion.adapt(z)
+        before, estimate = criterion.memory.embeddings.clone(), criterion.std.clone()
+        criterion.adapt(z)
+        after = criterion.memory.embeddings
+        if k in (0, 4):
             torch.testing.assert_close(criterion.std[dead], estimate[dead])
-            if k:
-                after = criterion.memory.embeddings
-                torch.testing.assert_close(after.std(0)[dead], before.std(0)[dead])
-                torch.testing.assert_close(after.mean(0), criterion.mean)
-            criterion.memory.enqueue(z, y)
-            criterion.step += 1
-        else:
-            criterion(z, y), spared(z, y)
-            if k > 1 and method == "xbn":           # the next batch's moments, whatever came before
-                criterion.adapt(z), spared.adapt(z)
-                for got, own in zip(acbn.moments(criterion.memory.embeddings), acbn.moments(z)):
-                    torch.testing.assert_close(got, own)
+        if k == 4:
+            torch.testing.assert_close(after.std(0)[dead], before.std(0)[dead])
+            torch.testing.assert_close(after.mean(0), criterion.mean)
+        elif k > 1 and method == "xbn":         # the next batch's moments, whatever came before
+            torch.testing.assert_close(acbn.moments(after), acbn.moments(z))
+        criterion.memory.enqueue(z, y)
+        criterion.step += 1
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_state_dict_holds_all_that_the_next_step_depends_on(method, tmp_path):
-    make = lambda: CrossBatchLoss(5, 20, method, process_noise=0.01, measurement_noise=1.0,  # noqa
+    make = lambda: CrossBatchLoss(5, 21, method, process_noise=0.01, measurement_noise=1.0,  # noqa
                                   gain_interval=3, warmup_steps=2)
     whole, first, second = make(), make(), make()
     expected = run(whole, 7) + run(whole, 9, B=3, seed=1)
     run(first, 7)
+    storage = [buffer.data_ptr() for buffer in second.buffers()]
     assert all(isinstance(v, torch.Tensor) for v in first.state_dict().values())
     torch.save(first.state_dict(), tmp_path / "state.pt")
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for (a, grad_a), (b, grad_b) in zip(expected[7:], run(second, 9, B=3, seed=1)):
         assert torch.equal(a, b) and torch.equal(grad_a, grad_b)
     assert_same_state(whole, second)
+    assert second.p == whole.p and second.K == whole.K
+    assert storage == [buffer.data_ptr() for buffer in second.buffers()]    # written in place
 
 
 @pytest.mark.parametrize("size, dim", [(21, 5), (20, 6), (1, 5)])
@@ -774,18 +708,6 @@ def test_state_of_another_method_changes_no_gain():
     (z, y), old = next(drifting(1, seed=9)), xbn.mean.clone()
     ema(z, y)
     torch.testing.assert_close(ema.mean, (old + acbn.normalize(z.detach()).mean(0)) / 2)
-
-
-def test_state_is_written_in_place_and_copied_whole():
-    criterion = CrossBatchLoss(5, 20, "axbn")
-    before = {name: b.data_ptr() for name, b in criterion.named_buffers()}
-    run(criterion, 10)
-    criterion.load_state_dict(copy.deepcopy(criterion).state_dict())
-    assert before == {name: b.data_ptr() for name, b in criterion.named_buffers()}
-    twin = copy.deepcopy(criterion)
-    assert torch.equal(run(criterion, 1, seed=3)[0][0], run(twin, 1, seed=3)[0][0])
-    run(criterion.double(), 2, dtype=torch.float64)                 # of another precision after use
-    assert all(b.dtype in (torch.float64, torch.int64) for b in criterion.buffers())
 
 
 def test_memory_warms_up_and_resets():
@@ -877,8 +799,6 @@ def test_fake_cuda_tensors_meet_no_cpu_tensor_and_are_never_read(method, loss):
                 mode()
                 assert criterion(z, y).device.type == "cuda"
         assert not seen.read
-        with OneDevice(), pytest.raises(AssertionError, match="copy_|index_put|fill"):
-            torch.zeros(8, 9, dtype=torch.bool, device="cuda")[y, y] = False    # such a scalar
 
 
 def test_a_compiled_encoder_is_compiled_once_and_the_criterion_stays_outside():
@@ -945,16 +865,6 @@ def test_acbn_imports_torch_alone():
     source = Path(acbn.__file__).read_text()
     assert set(re.findall(r"^\s*(?:import|from) (\w+)", source, re.M)) == {"torch"}
     assert source.startswith("# SPDX-License-Identifier: MIT\n")
-
-
-@pytest.mark.parametrize("place, words", [
-    (acbn.match_moments, ("Eq. 7", "Eq. 11", "Eq. 12", "Eqs. 6 and 23")),
-    (acbn.kalman_gain, ("line 1", "line 2, Eq. 20", "line 3")),
-    (acbn.pair_margin, ("Sec. 5.1",)),
-    (CrossBatchLoss, ("App. C", "Sec. 3.1", "Sec. 3.2.1", "Sec. 5.1", "lines 1-3", "line 4",
-                      "line 5", "Lines 6-9"))])
-def test_equations_are_cited_where_they_are_computed(place, words):
-    assert all(word in inspect.getsource(place) for word in words)
 
 
 def test_every_reading_is_cited_where_it_is_taken():
@@ -1059,45 +969,16 @@ def test_sop_replica_is_read_and_counts_are_enforced(tmp_path, capsys):
     assert all(x.shape == (3, 16, 16) and x.dtype == torch.uint8 for x, _ in images)
 
 
-@pytest.mark.parametrize("edit, message", [
-    (lambda t: t.replace("image_id", "id", 1),
-     "Ebay_train.txt, line 1: expected 'image_id class_id"),
-    (lambda t: t.replace("2 1 1 ", "2 one 1 ", 1),
-     "Ebay_train.txt, line 3: expected .*, found '2 one 1"),
-    (lambda t: t.replace("2 1 1 ", "2 1 ", 1),
-     "Ebay_train.txt, line 3: expected 'image_id class_id"),
-    (lambda t: t.replace("2 1 1 ", "2 " + "9" * 30 + " 1 ", 1),
-     "Ebay_train.txt, line 3: expected 'image_id"),
-    (lambda t: "", "Ebay_train.txt, line 1"),
-    (lambda t: t.splitlines()[0], "there are 0 classes to train on"),
-    (lambda t: re.sub(r"(?m)^(\d+) \d+ ", r"\1 1 ", t),
-     "class 1 is in the training and the test list")])
-def test_sop_faults_name_file_and_line(tmp_path, edit, message):
-    make_sop(tmp_path, edit=edit)
-    with pytest.raises(data.UserError, match=message):
-        data.load("sop", tmp_path, allow_partial=True)
-
-
-def test_sop_windows_line_ends_and_blank_lines_are_read(tmp_path):
-    make_sop(tmp_path, edit=lambda t: t.replace("\n", "\r\n") + "\r\n")
-    assert len(data.load("sop", tmp_path, allow_partial=True).query.labels) == 8
-
-
-def test_folder_in_both_layouts(tmp_path):
-    for layout, classes in (("train/", "ab"), ("test/", "cd"), ("", "")):
-        for c in classes:
-            (tmp_path / "split" / layout / c).mkdir(parents=True)
-            (tmp_path / "flat" / c).mkdir(parents=True)
-            for k in range(2):
-                for folder in (tmp_path / "split" / layout / c, tmp_path / "flat" / c):
-                    Image.new("RGB", (8, 8), (k, 0, 0)).save(folder / f"{k}.png")
-    for root in (tmp_path / "split", tmp_path / "flat"):
-        splits = data.load("folder", root)
-        assert [Path(p).parent.name for p in splits.train.images] == list("aabb")
-        assert [Path(p).parent.name for p in splits.query.images] == list("ccdd")
-    for wrong in (tmp_path / "nothing", tmp_path / "flat" / "a"):
-        with pytest.raises(data.UserError, match="expected under --root"):
-            data.load("folder", wrong)
+@pytest.mark.parametrize("test", ["test", "val", "valid", "validation"])
+def test_folder_in_both_layouts(tmp_path, test):
+    for place, classes in (("split/train", "ab"), (f"split/{test}", "cd"), ("flat", "abcd")):
+        make_folder(tmp_path / place, classes)
+    for layout in ("split", "flat"):
+        splits = data.load("folder", tmp_path / layout)
+        assert [Path(p).parent.name for p in splits.train.images] == list("aaaabbbb")
+        assert [Path(p).parent.name for p in splits.query.images] == list("ccccdddd")
+    with pytest.raises(data.UserError, match="expected under --root"):
+        data.load("folder", tmp_path / "flat" / "a")
 
 
 def jpeg(path, seed=0, size=(60, 40)):
@@ -1143,7 +1024,7 @@ def make_df2(root, nest=False, edit=lambda anno: anno):
     return root
 
 
-def make_vehicleid(root, edit=lambda text: text):
+def make_vehicleid(root):
     """A replica of VehicleID: a training list and three test lists."""
     base, k = root / "VehicleID_V1.0", 0
     (base / "train_test_split").mkdir(parents=True)
@@ -1155,14 +1036,14 @@ def make_vehicleid(root, edit=lambda text: text):
                 k += 1
                 jpeg(base / "image" / f"{k:07d}.jpg", k)
                 lines.append(f"{k:07d} {vehicle}")
-        (base / "train_test_split" / f"{name}.txt").write_text(edit("\n".join(lines)))
+        (base / "train_test_split" / f"{name}.txt").write_text("\n".join(lines))
     return root
 
 
-def make_folder(root):
-    """Six classes of four images, a folder each."""
-    for k in range(24):
-        jpeg(root / f"class{k // 4}" / f"{k}.jpg", k)
+def make_folder(root, classes=tuple(f"class{c}" for c in range(6))):
+    """Four images of each class, a folder each."""
+    for k in range(4 * len(classes)):
+        jpeg(root / classes[k // 4] / f"{k}.jpg", k)
 
 
 MAKE = {"sop": make_sop, "inshop": make_inshop, "df2": make_df2, "vehicleid": make_vehicleid,
@@ -1181,18 +1062,7 @@ def test_inshop_replica_in_every_layout(tmp_path, place, images):
             == [5, 5, 6, 7, 7, 7, 8, 8])
     assert all(Path(p).exists() for part in splits for p in part.images)
     assert len({*splits.query.images, *splits.gallery.images}) == 16
-
-
-@pytest.mark.parametrize("edit, message", [
-    (lambda t: t.replace("image_name", "name", 1), "line 2: expected 'image_name item_id"),
-    (lambda t: t.replace("id_00000001 train", "id_x train", 1),
-     "line 3: expected 'image_name item_id"),
-    (lambda t: t.replace("id_00000001 train", "train", 1), "line 3: expected 'image_name item_id"),
-    (lambda t: "\xff" * 9, "line 2: expected")])
-def test_inshop_faults_name_file_and_line(tmp_path, edit, message):
-    make_inshop(tmp_path, edit=edit)
-    with pytest.raises(data.UserError, match="list_eval_partition.txt.*" + message):
-        data.load("inshop", tmp_path, allow_partial=True)
+    assert any("1 classes of one image" in line for line in data.describe(splits))
 
 
 @pytest.mark.parametrize("nest", [False, True])
@@ -1220,17 +1090,30 @@ def test_df2_replica_follows_the_paper_s_rules(tmp_path, nest, capsys):
     assert all(images[i][0].shape == (3, 16, 16) for i in range(20))
 
 
-@pytest.mark.parametrize("edit, message", [
-    (lambda a: {**a, "source": "web"}, "source is 'web', not 'user' or 'shop'"),
-    (lambda a: {k: v for k, v in a.items() if k != "pair_id"}, "KeyError('pair_id')"),
-    (lambda a: {**a, "item1": {**a["item1"], "bounding_box": [1, 2, 3]}},
+@pytest.mark.parametrize("name, edit, message", [
+    ("sop", lambda t: t.replace("image_id", "id", 1),
+     "Ebay_train.txt, line 1: expected 'image_id class_id"),
+    ("sop", lambda t: t.replace("2 1 1 ", "2 one 1 ", 1),
+     "Ebay_train.txt, line 3: expected .*, found '2 one 1"),
+    ("sop", lambda t: t.replace("2 1 1 ", "2 1 ", 1), "line 3: expected 'image_id class_id"),
+    ("sop", lambda t: t.replace("2 1 1 ", "2 " + "9" * 30 + " 1 ", 1), "line 3: expected 'image"),
+    ("sop", lambda t: "", "Ebay_train.txt, line 1"),
+    ("sop", lambda t: t.splitlines()[0], "there are 0 classes to train on"),
+    ("sop", lambda t: re.sub(r"(?m)^(\d+) \d+ ", r"\1 1 ", t),
+     "class 1 is in the training and the test list"),
+    ("inshop", lambda t: t.replace("image_name", "name", 1),
+     "list_eval_partition.txt, line 2: expected 'image_name item_id"),
+    ("inshop", lambda t: t.replace("id_00000001 train", "id_x train", 1), "line 3: expected"),
+    ("df2", lambda a: {**a, "source": "web"},
+     "000001.json: not a DeepFashion2 annotation .*source is 'web', not 'user' or 'shop'"),
+    ("df2", lambda a: {k: v for k, v in a.items() if k != "pair_id"}, r"KeyError\('pair_id'\)"),
+    ("df2", lambda a: {**a, "item1": {**a["item1"], "bounding_box": [1, 2, 3]}},
      "not enough values to unpack"),
-    (lambda a: [a], "not a DeepFashion2 annotation")])
-def test_df2_faults_name_the_annotation(tmp_path, edit, message):
-    make_df2(tmp_path, edit=edit)
-    with pytest.raises(data.UserError, match="000001.json: not a DeepFashion2 annotation") as error:
-        data.load("df2", tmp_path, allow_partial=True)
-    assert message in str(error.value)
+    ("df2", lambda a: [a], "not a DeepFashion2 annotation")])
+def test_faults_of_lists_name_the_file_and_the_line(tmp_path, name, edit, message):
+    MAKE[name](tmp_path, edit=edit)
+    with pytest.raises(data.UserError, match=message):
+        data.load(name, tmp_path, allow_partial=True)
 
 
 def test_vehicleid_replica_and_its_three_test_lists(tmp_path):
@@ -1244,11 +1127,13 @@ def test_vehicleid_replica_and_its_three_test_lists(tmp_path):
         assert splits.gallery is None and all(Path(p).exists() for p in splits.train.images)
 
 
-@pytest.mark.parametrize("name", ["sop", "inshop", "df2", "vehicleid", "folder"])
-def test_loaders_of_a_wrong_root_show_the_expected_tree(tmp_path, name):
+@pytest.mark.parametrize("name", MAKE)
+def test_missing_data_are_told_with_the_expected_tree_and_the_place_to_get_them(tmp_path, name):
+    row = data.DATASETS[name]
+    get = row.page if name != "sop" else f"data.py --dataset sop --download --root {tmp_path}"
     with pytest.raises(data.UserError) as error:
         data.load(name, tmp_path)
-    assert data.DATASETS[name].tree in str(error.value) and str(tmp_path) in str(error.value)
+    assert all(words in str(error.value) for words in (row.tree, str(tmp_path), get))
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -1270,14 +1155,18 @@ def test_check_names_missing_and_truncated_images_of_each_replica(tmp_path, name
         data.Images(splits.train, 16, "none")[splits.train.images.index(str(cut))]
 
 
-@pytest.mark.parametrize("name", ["inshop", "vehicleid"])
-def test_loaders_read_windows_line_ends(tmp_path, name):
-    MAKE[name](tmp_path / "unix")
-    MAKE[name](tmp_path / "windows", edit=lambda t: t.replace("\n", "\r\n"))
-    unix, windows = (data.load(name, tmp_path / end, allow_partial=True)
-                     for end in ("unix", "windows"))
-    assert all(torch.equal(a.labels, b.labels) for a, b in zip(unix, windows) if a)
-    assert [Path(p).name for p in unix.query.images] == [Path(p).name for p in windows.query.images]
+@pytest.mark.parametrize("name", ["sop", "inshop", "vehicleid", "df2"])
+def test_lists_from_windows_are_read_as_those_from_unix(tmp_path, name):
+    for system in ("unix", "windows"):
+        (tmp_path / system).mkdir()
+        MAKE[name](tmp_path / system)
+    for path in (p for end in ("txt", "json") for p in (tmp_path / "windows").rglob(f"*.{end}")):
+        text = path.read_bytes().replace(b"\n", b"\r\n")
+        path.write_bytes(b"\xef\xbb\xbf" + text + b"\r\n\r\n")   # a byte-order mark, blank lines
+    unix, windows = (data.load(name, tmp_path / system, allow_partial=True)
+                     for system in ("unix", "windows"))
+    assert data.fingerprint(unix) == data.fingerprint(windows)
+    assert all(Path(p).exists() for part in windows if part for p in part.images)
 
 
 def test_held_out_classes_are_disjoint():
@@ -1329,13 +1218,6 @@ def test_images_of_every_kind_are_opened_as_torchvision_opens_them(tmp_path):
         opened = data.open_image(str(tmp_path / name))
         assert opened.mode == "RGB" and opened == default_loader(str(tmp_path / name))
         assert np.asarray(opened)[-1, -1].min() > 230 and np.asarray(opened)[0, 0].max() < 25, name
-    bad = {"empty.jpg": b"", "text.jpg": b"not an image",
-           "cut.jpg": (tmp_path / "grey.jpg").read_bytes()[:-60]}
-    for name, content in bad.items():
-        (tmp_path / name).write_bytes(content)
-    for name in (*bad, "missing.jpg"):
-        with pytest.raises(data.UserError, match=f"{name}: cannot be read as an image"):
-            data.open_image(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("recipe", ["paper", "light", "none"])
@@ -1390,10 +1272,10 @@ def test_sampler_deals_distinct_classes_and_images():
 
 
 def test_sampler_is_seeded_and_shards_in_rank_order():
-    def batches(epoch=0, **kw):
+    def batches(epoch=0, keys=lambda sampler: sampler, **kw):
         sampler = data.ClassBalancedSampler(LABELS, 16, 4, **kw)
         sampler.set_epoch(epoch)
-        return list(sampler)
+        return list(keys(sampler))
 
     assert batches() == batches() != batches(seed=1) and batches() != batches(epoch=1)
     shards = [batches(rank=r, world=2) for r in range(2)]
@@ -1403,29 +1285,9 @@ def test_sampler_is_seeded_and_shards_in_rank_order():
             ((128, 4), "needs 32 classes and 128 images, the training split has 20")):
         with pytest.raises(data.UserError, match=message):
             data.ClassBalancedSampler(LABELS, *wrong)
-    seeds = [s for epoch in range(2) for rank in range(2) for batch in
-             seeded(LABELS, epoch, rank) for _, s in batch]
+    seeds = [s for epoch in range(2) for rank in range(2)
+             for batch in batches(epoch, data.Seeded, rank=rank, world=2) for _, s in batch]
     assert len(set(seeds)) == len(seeds)
-
-
-def seeded(labels, epoch, rank):
-    sampler = data.ClassBalancedSampler(labels, 16, 4, rank=rank, world=2)
-    sampler.set_epoch(epoch)
-    return data.Seeded(sampler)
-
-
-@pytest.mark.parametrize("name", ["sop", "inshop", "vehicleid", "df2"])
-def test_lists_with_a_byte_order_mark_are_read_as_without(tmp_path, name):
-    for root in (tmp_path / "plain", tmp_path / "marked"):
-        root.mkdir()
-        MAKE[name](root)
-    for path in (p for pattern in ("*.txt", "*.json")
-                 for p in (tmp_path / "marked").rglob(pattern)):
-        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    plain, marked = (data.load(name, tmp_path / root, allow_partial=True)
-                     for root in ("plain", "marked"))
-    assert data.fingerprint(plain) == data.fingerprint(marked)
-    assert all(Path(p).exists() for part in marked if part for p in part.images)
 
 
 def test_folder_leaves_out_the_by_products_of_other_programs(tmp_path, capsys):
@@ -1457,14 +1319,6 @@ def test_folder_notes_classes_in_both_parts_and_images_that_lie_deeper(tmp_path,
     assert "/train/class0/up/class" in capsys.readouterr().err  # a link to a parent
 
 
-@pytest.mark.parametrize("test", ["test", "val", "valid"])
-def test_folder_reads_train_and_val_as_train_and_test(tmp_path, test):
-    make_folder(tmp_path / "train"), make_folder(tmp_path / test)
-    splits = data.load("folder", tmp_path)
-    assert len(splits.train.labels) == len(splits.query.labels) == 24
-    assert Path(splits.query.images[0]).parts[-3:] == (test, "class0", "0.jpg")
-
-
 @pytest.mark.parametrize("train_counts, test_counts, message", [
     ((3,), (2, 2), "1 classes to train on, 2 classes of 4 images to search, and 4 queries"),
     ((2, 2), (2,), "1 classes of 2 images to search"), ((2, 2), (5,), "1 classes of 5 images"),
@@ -1479,86 +1333,42 @@ def test_folder_on_which_nothing_can_be_learnt_or_measured_is_refused(
         data.load("folder", tmp_path)
 
 
-def test_folder_with_a_class_of_one_image_says_so(tmp_path):
-    for name in ("a/0", "b/0", "b/1", "c/0", "c/1", "d/0", "d/1"):
-        jpeg(tmp_path / f"{name}.jpg")
-    assert any("1 classes of one image" in line
-               for line in data.describe(data.load("folder", tmp_path)))
-
-
-def test_fingerprint_knows_other_data_from_moved_ones(tmp_path):
-    make_folder(tmp_path / "a")
-    shutil.copytree(tmp_path / "a", tmp_path / "elsewhere" / "b")
-    first, moved = (data.fingerprint(data.load("folder", root)) for root in
-                    (tmp_path / "a", tmp_path / "elsewhere" / "b"))
-    assert first == moved
-    (tmp_path / "a" / "class5").rename(tmp_path / "a" / "other")
-    assert data.fingerprint(data.load("folder", tmp_path / "a")) != first
+def test_fingerprint_follows_names_and_labels_alone(tmp_path):
     drawn = [data.fingerprint(data.synthetic(classes=5, seed=seed)) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
-    sop = make_sop(tmp_path / "sop")
-    splits = data.load("sop", sop, allow_partial=True)
-    assert (data.fingerprint(splits) == data.fingerprint(
-        data.load("sop", sop / "Stanford_Online_Products", allow_partial=True)))
+    make_sop(tmp_path)
+    splits, same_splits = (data.load("sop", root, allow_partial=True)
+                           for root in (tmp_path, tmp_path / "Stanford_Online_Products"))
+    assert data.fingerprint(splits) == data.fingerprint(same_splits)
     labels = splits.query.labels.clone()
     labels[0] += 1
     other = splits._replace(query=splits.query._replace(labels=labels))
     assert data.fingerprint(other) != data.fingerprint(splits)
 
 
-@pytest.fixture
-def server(tmp_path):
-    """The address at which the files below tmp_path are served on this machine."""
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-
-
-def test_download_fetches_checks_and_unpacks_or_says_what_is_wrong(
-        tmp_path, server, monkeypatch, capsys):
-    make_sop(tmp_path / "made")
-    archive = shutil.make_archive(tmp_path / "Stanford_Online_Products", "zip", tmp_path / "made")
-    md5 = hashlib.md5(Path(archive).read_bytes()).hexdigest()
-    flags = ["--dataset", "sop", "--allow-partial", "--root"]
-
-    def archived(address, md5=md5):
-        row = data.DATASETS["sop"]._replace(archive=(address, md5, "9 kB"))
-        monkeypatch.setitem(data.DATASETS, "sop", row)
-    for address, checksum in ((f"{server}/{Path(archive).name}", "0" * 32),
-                              (f"{server}/none.zip", md5)):
-        archived(address, checksum)
-        with pytest.raises(SystemExit, match="could not be fetched"):
-            data.main([*flags, str(tmp_path / "bad"), "--download"])
-    archived(f"{server}/{Path(archive).name}")
-    data.main([*flags, str(tmp_path / "got"), "--download", "--check"])
-    told = capsys.readouterr().out
-    assert f"fetching 9 kB from {server}/Stanford" in told and "9 images" in told
-    data.main([*flags, str(tmp_path / "got"), "--download"])
+def test_download_unpacks_and_checks_or_says_what_is_wrong(tmp_path, monkeypatch, capsys):
+    """At this address nobody answers, but torchvision takes an archive that is there already."""
+    made = shutil.make_archive(tmp_path / "sop", "zip", make_sop(tmp_path / "made"))
+    md5, got = hashlib.md5(Path(made).read_bytes()).hexdigest(), tmp_path / "got"
+    row = data.DATASETS["sop"]._replace(archive=("http://127.0.0.1:9/sop.zip", md5, "9 kB"))
+    monkeypatch.setitem(data.DATASETS, "sop", row)
+    flags = ["--dataset", "sop", "--allow-partial", "--download", "--root", str(got)]
+    with pytest.raises(SystemExit, match="--download: http://127.0.0.1:9/sop.zip could not be f"):
+        data.main(flags)
+    shutil.copy(made, got)
+    data.main([*flags, "--check"])
+    assert "9 images" in capsys.readouterr().out
+    data.main(flags)
     assert "already" in capsys.readouterr().out
+    shutil.copy(made, got)                              # as if unpacking had been cut short
+    data.main(flags)
+    assert "fetching 9 kB from http://127.0.0.1:9/sop.zip" in capsys.readouterr().out
+    (got / "sop.zip").write_bytes(Path(made).read_bytes() + b" ")       # another checksum
+    with pytest.raises(SystemExit, match="could not be fetched"):
+        data.main(flags)
     for name in ("inshop", "df2", "vehicleid"):
         with pytest.raises(SystemExit, match=re.escape(data.DATASETS[name].page)):
             data.main(["--dataset", name, "--download"])
-
-
-def test_missing_data_are_told_with_the_place_to_get_them(tmp_path):
-    with pytest.raises(data.UserError,
-                       match=f"python data.py --dataset sop --download --root {tmp_path}"):
-        data.load("sop", tmp_path)
-    with pytest.raises(data.UserError, match="get it: https://mmlab"):
-        data.load("inshop", tmp_path)
-    make_sop(tmp_path)
-    base = tmp_path / "Stanford_Online_Products"
-    (base / "Ebay_test.txt").unlink()                                   # unpacking it was cut short
-    with pytest.raises(data.UserError,
-                       match=f"(?s)no Stanford_Online_Products/Ebay_test.txt.*--root {base}"):
-        data.load("sop", base)
-    with pytest.raises(data.UserError, match="--download: .* could not be fetched"), \
-            pytest.MonkeyPatch.context() as patch:
-        row = data.DATASETS["sop"]._replace(archive=("http://127.0.0.1:9/none.zip", "", ""))
-        patch.setitem(data.DATASETS, "sop", row)
-        data.download("sop", tmp_path)
 
 
 # ------------------------------------------------- Recall@K and MAP@R
@@ -1583,7 +1393,7 @@ def test_recall_and_map_equal_brute_force(seed, monkeypatch):
     rng = np.random.default_rng(seed)
     Q, G, D, classes = (int(rng.integers(2, n)) for n in (60, 60, 9, 25))
     z, gallery = (torch.tensor(rng.normal(size=(n, D))) for n in (Q, G))
-    y, gallery_y = (torch.tensor(rng.integers(0, classes, n)) * 2 ** 40 for n in (Q, G))
+    y, gallery_y = (torch.tensor(rng.integers(0, classes, n)) + 2 ** 40 for n in (Q, G))
     pair, ks = ((None, None), (1, 2, 7)) if seed % 2 else ((gallery, gallery_y), (1, 2, 70))
     expected, precision = brute_force(z, y, ks, *pair)
     scaled, turn = z * torch.tensor(10.0 ** rng.uniform(-9, 15, (Q, 1))), torch.randperm(Q)
@@ -1607,22 +1417,25 @@ def test_recall_of_classes_of_any_size_with_ties_equals_brute_force(sizes):
                                    "map@r": precision})
 
 
-class Biggest(TorchDispatchMode):
-    """The most elements of any tensor made."""
-    elements = 0
+class Made(TorchDispatchMode):
+    """The dtypes and sizes of the tensors that operations make."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (list, tuple)) else [out]:
-            self.elements = max(self.elements, t.numel() if isinstance(t, torch.Tensor) else 0)
+        self.tensors |= {(t.dtype, t.numel()) for t in torch.utils._pytree.tree_leaves(out)
+                         if isinstance(t, torch.Tensor)}
         return out
 
 
 def test_recall_never_holds_all_similarities():
     z, y = rows(1500, 8, dtype=torch.float32), torch.arange(1500) // 3
-    with Biggest() as seen:
+    with Made() as made:
         evaluation.scores((z, y))
-    assert seen.elements <= 128 * 1500
+    assert max(size for _, size in made.tensors) <= 128 * 1500
 
 
 def recall_at_k(z, y, ks, *gallery):
@@ -1652,24 +1465,13 @@ def test_recall_counts_queries_without_match_as_misses_and_labels_beyond_float32
         evaluation.scores((z * math.nan, y))
 
 
-class NoFloat64(TorchDispatchMode):
-    """Fails where a tensor of 64-bit floats is made, which Apple's devices cannot hold. (Three
-    numbers of the criterion's state are packed as such on the CPU.)
-    """
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (list, tuple)) else [out]:
-            assert (not isinstance(t, torch.Tensor) or t.dtype != torch.float64
-                    or t.numel() == 3), func
-        return out
-
-
 @pytest.mark.parametrize("method", ["xbm+batch", "axbn"])
 def test_nothing_in_training_or_evaluation_makes_64_bit_floats(tmp_path, method):
-    with NoFloat64():
+    """Apple's devices hold none. (Three numbers of the criterion's state are packed on the CPU.)"""
+    with Made() as made:
         tiny(tmp_path, "--method", method, "--loss", "supcon", "--head-epochs", "1")
         evaluation.main([str(tmp_path / "best.pt"), "--device", "cpu"])
+    assert {size for dtype, size in made.tensors if dtype == torch.float64} <= {3}
 
 
 @needs_fake_cuda
@@ -1702,6 +1504,8 @@ def test_a_training_step_and_the_scores_mix_no_devices_and_read_only_the_scores(
 
 @pytest.mark.parametrize("backbone",
                          ["resnet18", "mobilenet_v2", "efficientnet_b0", "swin_t", "vgg11"])
+
+
 def test_encoder_has_no_classifier_and_no_dropout_of_one(backbone):
     model = evaluation.Encoder(backbone, 8)
     assert not any(isinstance(m, nn.Dropout) and m.p >= 0.2 for m in model.modules())
@@ -1951,26 +1755,20 @@ def test_train_resumes_the_same_whatever_the_layout_of_the_moments(tmp_path):
     assert laid_out > 4 and same(a["model"], b["model"])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_train_resumes_exactly(tmp_path, method, capsys):
-    flags = ("--method", method, "--fill-memory", *(("--chunk", "6") if method == "axbn" else ()))
+@pytest.mark.parametrize("flags", [
+    *(f"--method {method} --fill-memory" for method in METHODS),
+    "--chunk 6 --workers 1 --val-fraction 0.3 --deterministic"])
+def test_train_resumes_exactly(tmp_path, flags, capsys, monkeypatch):
+    conv4, flags = evaluation.conv4, [*flags.split(), "--epochs", "3"]
+    monkeypatch.setattr(evaluation, "conv4", lambda batch_norm: nn.Sequential(
+        conv4(batch_norm), nn.Dropout(0.2)))            # draws from the global random numbers
     whole = tiny(tmp_path / "whole", *flags)
-    tiny(tmp_path / "parts", *flags, "--epochs", "1")
-    parts = tiny(tmp_path / "parts", *flags)
+    for epochs in "13":
+        parts = tiny(tmp_path / "parts", *flags, "--epochs", epochs)
+    torch.use_deterministic_algorithms(False)
     assert strip(whole) == strip(parts) and "after epoch 1" in capsys.readouterr().out
-    assert len(parts) == 3
-    a, b = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)
-            for n in ("whole", "parts"))
-    assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
-
-
-def test_train_refuses_to_resume_with_other_settings(tmp_path):
-    tiny(tmp_path, "--epochs", "0")
-    with pytest.raises(SystemExit, match="was made with --lr 0.001, now it is 0.01"):
-        tiny(tmp_path, "--lr", "0.01")
-    (tmp_path / "checkpoint.pt").write_bytes(b"torn")
-    with pytest.raises(SystemExit, match="cannot be read as a checkpoint"):
-        tiny(tmp_path)
+    for name in ("checkpoint.pt", "best.pt"):
+        assert same(*(evaluation.load_file(tmp_path / n / name) for n in ("whole", "parts")))
 
 
 def test_train_schedule_and_losses(tmp_path):
@@ -2024,17 +1822,6 @@ def test_train_is_the_same_whatever_the_number_of_workers(tmp_path, workers):
     a, b = (evaluation.load_file(tmp_path / w / "checkpoint.pt") for w in ("0", workers))
     assert same(a["rng"], b["rng"])                         # or a network with dropout would differ
     assert strip(none)[1:] != strip(tiny(tmp_path / "seed", "--seed", "1"))[1:]
-
-
-def test_train_resumes_exactly_with_workers_deterministic_and_best_so_far(tmp_path):
-    flags = "--workers 1 --epochs 3 --val-fraction 0.3 --deterministic".split()
-    whole = tiny(tmp_path / "whole", *flags)
-    for epochs in "13":
-        parts = tiny(tmp_path / "parts", *flags, "--epochs", epochs)
-    assert strip(whole) == strip(parts)
-    for name in ("checkpoint.pt", "best.pt"):
-        assert same(*(evaluation.load_file(tmp_path / n / name) for n in ("whole", "parts")))
-    torch.use_deterministic_algorithms(False)
 
 
 def same(a, b):
@@ -2148,22 +1935,16 @@ def test_file_names_that_are_no_utf8(tmp_path):
                      "--save", str(tmp_path / "z.npz")])
 
 
-def classes_of(root, names):
-    for c, name in enumerate(names):
-        for k in range(4):
-            jpeg(root / name / f"{k}.jpg", 4 * c + k)
-
-
 def test_run_knows_the_data_that_it_was_trained_on(tmp_path):
     root, out = tmp_path / "data", tmp_path / "run"
-    classes_of(root, "klmnop")
+    make_folder(root, "klmnop")
     flags = ["--dataset", "folder", *ON_REPLICA, "--epochs", "1", "--out", str(out), "--root"]
     train.main([*flags, str(root)])
     shutil.copytree(root, tmp_path / "moved")
     evaluation.main([str(out / "best.pt"), "--root", str(tmp_path / "moved")])
     train.main([*flags, str(tmp_path / "moved"), "--workers", "1"])
     (tmp_path / "moved" / "p").rename(tmp_path / "moved" / "a")
-    classes_of(root, "ab")
+    make_folder(root, "ab")
     for other in (root, tmp_path / "moved"):
         with pytest.raises(SystemExit, match="best.pt: was made with other data than lie in"):
             evaluation.main([str(out / "best.pt"), "--root", str(other)])
@@ -2184,19 +1965,23 @@ def test_a_log_without_its_checkpoint_is_kept_and_a_memory_that_never_starts_is_
     assert log == (tmp_path / "log.jsonl").read_bytes()
 
 
-def test_checkpoints_of_others_are_refused_with_a_sentence(tmp_path):
+def test_checkpoints_that_do_not_fit_are_refused_with_a_sentence(tmp_path):
     tiny(tmp_path, "--epochs", "0")
     path = tmp_path / "checkpoint.pt"
     good, whole_log = torch.load(path, weights_only=True), (tmp_path / "log.jsonl").read_text()
+    torn = path.read_bytes()[:9999]
+    with pytest.raises(SystemExit, match="was made with --lr 0.001, now it is 0.01"):
+        tiny(tmp_path, "--lr", "0.01")
     for other, message in (({**good, "format": 1}, "not a checkpoint of this version of train.py"),
                            ({"state_dict": {}}, "not a checkpoint of this version"),
-                           ([1], "not a checkp"), ({**good, "rng": []}, "made with 0 processes")):
-        torch.save(other, path)
+                           ({**good, "rng": []}, "made with 0 processes"),
+                           ([1], "not a checkp"), (b"torn", "cannot be read as a checkpoint"),
+                           (torn, "cannot be read as a checkpoint")):
+        path.write_bytes(other) if isinstance(other, bytes) else torch.save(other, path)
         with pytest.raises(SystemExit, match=f"checkpoint.pt: .*{message}"):
             tiny(tmp_path)
         assert whole_log == (tmp_path / "log.jsonl").read_text()
-    torch.save([1], path)
-    with pytest.raises(SystemExit, match="not a checkpoint of this version"):
+    with pytest.raises(SystemExit, match="cannot be read as a checkpoint"):
         evaluation.main([str(path)])
 
 
@@ -2211,8 +1996,10 @@ def test_write_on_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
                            match="No space left|failed writing|unexpected pos"):
             tiny(tmp_path, "--epochs", "2")
         (tmp_path / f"{name}.part").unlink()
-        assert before[name] == (tmp_path / name).read_bytes()
-    assert strip(tiny(tmp_path))[2] == strip(tiny(tmp_path / "whole"))[2]
+        assert before[name] == (tmp_path / name).read_bytes() and whole_epochs(tmp_path)
+    tiny(tmp_path), tiny(tmp_path / "whole")
+    assert same(*(evaluation.load_file(out / "checkpoint.pt")
+                  for out in (tmp_path, tmp_path / "whole")))
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="file"):       # a folder that cannot be made
         tiny(tmp_path / "file" / "run")
@@ -2262,15 +2049,6 @@ def test_train_counts_steps_without_pairs_and_warns_of_a_collapse(tmp_path, caps
         tiny(tmp_path / "d", *flags)
 
 
-def test_torn_checkpoints_are_refused_with_a_sentence(tmp_path):
-    tiny(tmp_path / "run", "--epochs", "0")
-    good, g = (tmp_path / "run" / "checkpoint.pt").read_bytes(), random.Random(0)
-    for _ in range(10):
-        (tmp_path / "torn.pt").write_bytes(good[:g.randrange(len(good))])
-        with pytest.raises(data.UserError, match="torn.pt: cannot be read as a checkpoint"):
-            evaluation.rebuild(tmp_path / "torn.pt")
-
-
 def test_train_in_fp16_skips_and_counts_steps_whose_scaled_gradient_overflows(
         tmp_path, monkeypatch):
     make_model, calls = train.make_model, []
@@ -2290,48 +2068,23 @@ def test_train_in_fp16_skips_and_counts_steps_whose_scaled_gradient_overflows(
     assert all(v.isfinite().all() for part in ("model", "criterion") for v in state[part].values())
 
 
-def test_a_nan_that_a_masked_loss_would_hide_ends_the_run(tmp_path, monkeypatch):
-    forward, calls = evaluation.Encoder.forward, []
-
-    def broken(self, x):
-        calls.append(self.training and torch.is_grad_enabled())
-        z, first = forward(self, x), torch.arange(len(x))[:, None] == 0
-        return torch.where(first & (calls.count(True) == 2), torch.nan, z)
-    monkeypatch.setattr(evaluation.Encoder, "forward", broken)
-    with pytest.raises(SystemExit, match="epoch 1, step [1-3]: the loss or"):
-        tiny(tmp_path, "--loss", "supcon")
-
-
 # ------------------------------------------------- what is measured on the way
 
 def test_measuring_leaves_no_trace_in_the_training(tmp_path, monkeypatch):
-    """Drift is measured at every step, and at none with a network that has dropout either way."""
-    weights, without_trace = [], train.without_trace
-
-    @contextlib.contextmanager
-    def nowhere(model, state):
-        yield
-    for measure in (without_trace, nowhere):
-        monkeypatch.setattr(train, "without_trace", measure)
-        if measure is nowhere:  # what is measured is thrown away: the network is not asked again
-            monkeypatch.setattr(train, "random_state", lambda: None)
-            monkeypatch.setattr(train, "fmean", lambda values: 0.0)
-            monkeypatch.setattr(train, "save", lambda out, args, _, parts, records: weights.append(
-                copy.deepcopy(parts["model"].state_dict())))
-            tiny(tmp_path / "none", "--epochs", "1")
-        else:
-            record = tiny(tmp_path / "every", "--epochs", "1")[1]
-            weights.append(evaluation.load_file(tmp_path / "every" / "checkpoint.pt")["model"])
-            assert record["drift_max"] > record["drift_mean"] > 0
-    assert all(torch.equal(v, weights[-1][k]) for k, v in weights[0].items())
+    """Drift is measured at every step, and then at none."""
+    record = tiny(tmp_path / "every", "--epochs", "1")[1]
+    assert record["drift_max"] > record["drift_mean"] > 0
+    monkeypatch.setattr(train, "min", lambda *_: math.inf, raising=False)   # steps between
+    monkeypatch.setattr(train, "fmean", lambda values: 0.0)                 # of nothing
+    tiny(tmp_path / "none", "--epochs", "1")
+    assert same(*(evaluation.load_file(tmp_path / run / "checkpoint.pt")["model"]
+                  for run in ("every", "none")))
 
 
-@pytest.mark.parametrize("backbone", ["mobilenet_v2",           # dropout
-                                      "efficientnet_b0"])       # and stochastic depth
-def test_no_drift_is_measured_where_no_weight_moves_whatever_is_random(backbone, tmp_path):
-    flags = ("--classes 8 --image-size 32 --batch-size 8 --epochs 1 --lr 1e-30 "
-             "--weight-decay 0").split()
-    record = tiny(tmp_path, *flags, "--backbone", backbone)[1]
+def test_no_drift_is_measured_where_no_weight_moves_whatever_is_random(tmp_path):
+    flags = ("--backbone efficientnet_b0 --classes 8 --image-size 32 --batch-size 8 --epochs 1 "
+             "--lr 1e-30 --weight-decay 0").split()         # it has stochastic depth
+    record = tiny(tmp_path, *flags)[1]
     assert record["drift_max"] == 0 < record["spread"]
 
 
@@ -2339,7 +2092,8 @@ def test_log_counts_the_pairs_that_the_loss_mined(tmp_path, monkeypatch):
     counted = []
 
     def spy(sim, positive, negative):
-        counted.append([int(mask.sum()) for mask in acbn.pair_margin(sim, positive, negative)])
+        counted.append([int(mask.sum())
+                        for mask in acbn.pair_margin(sim, positive, negative, 0.2, 0.8)])
         return acbn.mined_supcon_loss(sim, positive, negative)
     monkeypatch.setitem(train.LOSSES, "supcon", (spy, acbn.pair_margin))
     for method in ("none", "axbn"):
@@ -2349,33 +2103,26 @@ def test_log_counts_the_pairs_that_the_loss_mined(tmp_path, monkeypatch):
                 == np.mean(counted, 0).tolist())
 
 
-def test_filling_the_memory_leaves_the_network_alone(tmp_path, monkeypatch):
+def test_filling_the_memory_leaves_no_trace_and_gives_every_process_the_same_rows(
+        tmp_path, monkeypatch):
     fill, filled = train.fill_memory, []
 
     def watched(model, criterion, split, args):
-        before = {k: v.clone() for k, v in model.state_dict().items()}
-        fill(model, criterion, split, args)
-        filled.append((len(criterion.memory), criterion.memory.size,
-                       criterion.memory.labels.clone()))
-        assert model.training and all(torch.equal(v, before[k])
-                                      for k, v in model.state_dict().items())
+        model.head = nn.Sequential(nn.Dropout(), model.head)
+        weights = copy.deepcopy(model.state_dict())
+        for rank in (0, 1):
+            torch.manual_seed(rank)                         # as each process has its own dropout
+            before = torch.get_rng_state()
+            criterion.memory.reset()
+            fill(model, criterion, split, args)
+            filled.append(criterion.memory.embeddings.clone())
+            assert torch.equal(before, torch.get_rng_state()) and model.training
+        assert same(model.state_dict(), weights)
+        assert len(filled[0]) == criterion.memory.size // 16 * 16
+        assert torch.equal(*filled) and len(criterion.memory.labels.unique()) > 10
     monkeypatch.setattr(train, "fill_memory", watched)
     tiny(tmp_path, "--fill-memory")
-    ((n, size, labels),) = filled
-    assert n == size // 16 * 16 and len(labels.unique()) > 10
-
-
-def test_filling_the_memory_gives_every_process_the_same_rows():
-    args, split, filled = train.parse_args(TINY), data.synthetic(image_size=16).train, []
-    model = evaluation.Encoder("conv4", 16)
-    model.head = nn.Sequential(nn.Dropout(), model.head)
-    for rank in (0, 1):
-        torch.manual_seed(rank)                             # as each process has its own dropout
-        before, criterion = torch.get_rng_state(), CrossBatchLoss(16, 40)
-        train.fill_memory(model, criterion, split, args)
-        filled.append(criterion.memory.embeddings)
-        assert torch.equal(before, torch.get_rng_state())
-    assert len(filled[0]) == 32 and torch.equal(*filled)
+    assert len(filled) == 2                                 # it is filled once in a run
 
 
 # Two gloo processes with half the batch each, against one process with the whole batch.
@@ -2498,20 +2245,6 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     assert evaluation.rebuild(tmp_path / "run" / "checkpoint.pt")[1]["epoch"] == 1
 
 
-def test_scripts_run_on_an_sop_replica(tmp_path, capsys):
-    make_sop(tmp_path, train=(4, 4, 5, 3), test=(3, 4, 2))
-    sop = ["--dataset", "sop", "--root", tmp_path]
-    data.main([*map(str, sop), "--allow-partial", "--check"])
-    assert "train         16 images      4 classes, 3 to 5 images each" in capsys.readouterr().out
-    flags = ("--backbone conv4 --weights none --image-size 32 --dim 8 --batch-size 8 --epochs 1 "
-             "--head-epochs 1 --device cpu --out").split()
-    trained = script("train.py", *sop, "--allow-partial", *flags, tmp_path / "run")
-    assert trained.returncode == 0, trained.stderr
-    assert trained.stdout.splitlines()[-1].startswith("Recall@1: last ")
-    evaluation.main([str(tmp_path / "run" / "best.pt"), "--device", "cpu"])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["dataset"] == "sop"
-
-
 def test_scripts_fail_with_one_sentence_and_without_a_traceback(tmp_path):
     make_sop(tmp_path, train=(4, 4, 4, 4), test=(4, 4))
     base = tmp_path / "Stanford_Online_Products"
@@ -2528,25 +2261,20 @@ def test_scripts_fail_with_one_sentence_and_without_a_traceback(tmp_path):
     assert (".JPG: cannot be read as an image" in result.stderr
             and result.returncode == 1), result.stderr
     assert "Traceback" not in result.stderr
-    (bad,) = data.check(data.load("sop", tmp_path, allow_partial=True).train)
-    assert bad.startswith(f"{victim}: cannot be read as an image")
-    with pytest.raises(SystemExit, match="none.pt: cannot be read as a checkpoint"):
-        evaluation.main([str(tmp_path / "none.pt")])
-    with pytest.raises(SystemExit, match="expected under --root"):
-        data.main(["--dataset", "sop", "--root", str(tmp_path / "no")])
 
 
-@pytest.mark.parametrize("name", ["inshop", "df2", "vehicleid", "folder"])
+@pytest.mark.parametrize("name", MAKE)
 def test_scripts_train_and_evaluate_on_each_replica(tmp_path, name, capsys):
     (tmp_path / "data").mkdir()
     MAKE[name](tmp_path / "data")
     flags = ["--dataset", name, "--root", str(tmp_path / "data"), "--allow-partial"]
     data.main([*flags, "--check"])
     assert "gallery" in capsys.readouterr().out
+    fraction = {"df2": "0.25", "folder": "0", "sop": "0"}.get(name, "0.5")
     records = train.main([*flags, *ON_REPLICA, "--epochs", "1", "--out", str(tmp_path / "run"),
-                          "--val-fraction", {"df2": "0.25", "folder": "0"}.get(name, "0.5")])
+                          "--val-fraction", fraction])
     held_out = "held-out training classes" in capsys.readouterr().out
-    assert held_out == ("val_recall@1" in records[-1]) == (name != "folder")
+    assert held_out == ("val_recall@1" in records[-1]) == (fraction != "0")
     evaluation.main([str(tmp_path / "run" / "checkpoint.pt"), "--device", "cpu"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["recall@1"] == pytest.approx(records[-1]["recall@1"])
@@ -2586,6 +2314,8 @@ def test_results_scripts_end_mistakes_with_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("method, loss",
                          [(m, loss) for m in ("none", "xbm") for loss in ("ms", "supcon")])
+
+
 def test_training_equals_pytorch_metric_learning_step_by_step(method, loss):
     pytest.importorskip("pytorch_metric_learning")
     ours, theirs = results_script("bench").twin_losses(method, loss)

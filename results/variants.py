@@ -35,8 +35,8 @@ import train  # noqa: E402
 class Moments(acbn.CrossBatchLoss):
     """An adapting method whose mean and deviation each have a rule of their own."""
 
-    def __init__(self, *args, mean, std):
-        super().__init__(*args)
+    def __init__(self, *args, mean, std, **settings):
+        super().__init__(*args, **settings)
         self.rules = mean, std
         self.register_buffer("filters", torch.tensor([[1.0, 0, 0]] * 2))    # (2, 3) p, S, r of each
 
@@ -102,8 +102,8 @@ class WithImages(acbn.CrossBatchLoss):
 
     model = args = None         # set by `watched`: the network, and train.py's flags
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
         side = self.args.image_size
         self.register_buffer("pixels", torch.zeros(self.memory.size, 3, side, side,
                                                    dtype=torch.uint8))              # (M, 3, S, S)
@@ -131,8 +131,8 @@ class WithImages(acbn.CrossBatchLoss):
 class Fresh(WithImages):
     """Every so many steps all rows are embedded again."""
 
-    def __init__(self, *args, every):
-        super().__init__(*args)
+    def __init__(self, *args, every, **settings):
+        super().__init__(*args, **settings)
         self.every = every
 
     def move(self, B):
@@ -144,8 +144,8 @@ class Fresh(WithImages):
 class Drift(WithImages):
     """All rows move as the rows of some images did between their storing and now: z' = A z + b."""
 
-    def __init__(self, *args, rows, k, scale):
-        super().__init__(*args)
+    def __init__(self, *args, rows, k, scale, **settings):
+        super().__init__(*args, **settings)
         self.random, self.k, self.scale = rows == "random", k, scale == "yes"
 
     def move(self, B):
