@@ -265,7 +265,7 @@ def make_model(args):
     except (ValueError, RuntimeError, AssertionError) as error:         # of torch and torchvision
         raise data.UserError(
             f"--backbone {args.backbone} does not go with --weights {args.weights}, --image-size "
-            f"{args.image_size}, --dim {args.dim}: {error}") from None
+            f"{args.image_size}, --dim {args.dim}: {str(error)[:300]}") from None
     plain = args.amp == "off" or args.device.startswith("mps")  # Apple's: wrong gradients otherwise
     model.to(args.device, memory_format=torch.contiguous_format if plain else torch.channels_last)
     if args.bn == "train" and rank_and_world()[1] > 1 and args.device.startswith("cuda"):
