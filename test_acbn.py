@@ -2594,7 +2594,7 @@ def test_readme_memory_that_follows_the_batch_before_moves_as_the_measured_varia
 def test_readme_line_of_pytorch_metric_learning_is_replaced_by_the_same_loss():
     pytest.importorskip("pytorch_metric_learning")
     old, new = re.findall(r"^[-+](criterion = .*)$", readme_blocks("diff")[0], re.M)
-    new, scope = new.replace('"xbn", warmup_steps=10_000', '"xbm"'), {}
+    new, scope = new.replace('"xbn", warmup_steps=steps // 2', '"xbm"'), {}
     exec("from acbn import CrossBatchLoss\n"
          "from pytorch_metric_learning.losses import CrossBatchMemory, MultiSimilarityLoss\n"
          "from pytorch_metric_learning.miners import MultiSimilarityMiner\n"
