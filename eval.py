@@ -130,10 +130,11 @@ def own_backbone(name, size):
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise data.UserError(f"--backbone {name}: {error}") from None
-    backbone = make()                   # an error in it comes with its traceback
+    backbone = make()
     with torch.no_grad():
-        shape = tuple(backbone.eval()(torch.zeros(2, 3, size, size)).shape)
-    if len(shape) != 2 or shape[0] != 2:
+        features = backbone.eval()(torch.zeros(2, 3, size, size))
+    shape = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features)
+    if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != 2:
         raise data.UserError(f"--backbone {name}: expected features (2, width) of two images, "
                              f"got {shape}")
     return backbone, shape[1]
@@ -213,13 +214,16 @@ def load_weights(encoder, backbone, weights):
             state = state[name] if isinstance(state, dict) and name in state else state
         if not isinstance(state, dict):
             raise data.UserError(f"{weights}: not a state_dict but a {type(state).__name__}")
+    state = {str(name): v for name, v in state.items()}
+    inside = [name for name in state if name.startswith("backbone.")]       # of an Encoder
+    state = {name.removeprefix("backbone."): state[name] for name in inside or state}
     prefix, network = re.compile(r"^((module|backbone|model|_orig_mod)\.)+"), encoder.backbone
     own = network.state_dict()
-    state = {name if name in own else prefix.sub("", str(name)): v for name, v in state.items()}
+    state = {name if name in own else prefix.sub("", name): v for name, v in state.items()}
     gone = tuple(f"{name}." for name, layer in network.named_modules()      # the classifier's
                  if isinstance(layer, nn.Identity))
     network.load_state_dict({name: v for name, v in state.items()
-                             if name in own or not name.startswith(("head.", *gone))})
+                             if name in own or not name.startswith(gone)})
 
 
 def load_file(path):
@@ -374,10 +378,12 @@ def evaluate_checkpoint(args):
     settings = {**state["settings"], **given}
     splits = data.load_for(settings, settings["allow_partial"])
     other = given.keys() & {"dataset", *data.DATASETS[settings["dataset"]].options}     # asked for
-    if not other and data.fingerprint(splits) != state["data"]:
-        raise data.UserError(
-            f"{args.file}: was made with other data than lie in {settings['root']}: their names or "
-            "labels differ (--dataset scores them all the same)")
+    if data.fingerprint(splits) != state["data"]:
+        text = (f"{args.file}: was made with other data than lie in {settings['root']}: their "
+                "names or labels differ")
+        if not other:
+            raise data.UserError(f"{text} (--dataset scores them all the same)")
+        print(f"note: {text}", file=sys.stderr)
     found = embed_test(model.to(args.device), splits, settings, args.device, args.workers)
     return settings["dataset"], splits, found
 

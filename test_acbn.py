@@ -1544,18 +1544,26 @@ def test_a_backbone_of_ones_own_is_trained_and_rebuilt(tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "path", [*sys.path])
     Path("mymodels.py").write_text(
         "from torch import nn\n"
-        "def small():\n"
-        "    return nn.Sequential(nn.Flatten(), nn.LazyLinear(12), nn.BatchNorm1d(12))\n"
+        "class Small(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.model, self.head = nn.LazyLinear(12), nn.Linear(12, 16)\n"
+        "    def forward(self, x):\n"
+        "        return self.head(self.model(x.flatten(1)))\n"
         "def maps():\n    return nn.Conv2d(3, 2, 1)\n"
+        "class Output(nn.Module):\n    def forward(self, x):\n        return {'features': x}\n"
         "def other():\n"
         "    return nn.Sequential(nn.Flatten(1), nn.Unflatten(1, (2, -1)), nn.Flatten(0, 1), "
         "nn.LazyLinear(3))\n")
-    record = tiny("run", "--backbone", "mymodels:small", "--epochs", "1", "--chunk", "6")[-1]
+    record = tiny("run", "--backbone", "mymodels:Small", "--epochs", "1", "--chunk", "6")[-1]
     evaluation.main(["run/checkpoint.pt", "--device", "cpu"])
     scored = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert scored["recall@1"] == pytest.approx(record["recall@1"])
-    for name, shape in (("maps", "2, 2, 16, 16"), ("other", "4, 3")):
-        with pytest.raises(SystemExit, match=rf"mymodels:{name}: expected features .*\({shape}\)"):
+    tiny("more", "--backbone", "mymodels:Small", "--epochs", "0", "--weights", "run/checkpoint.pt")
+    first, more = (evaluation.load_file(f"{run}/checkpoint.pt")["model"] for run in ("run", "more"))
+    assert all(torch.equal(v, more[k]) for k, v in first.items() if k.startswith("backbone."))
+    for name, got in (("maps", "(2, 2, 16, 16)"), ("other", "(4, 3)"), ("Output", "'dict'")):
+        with pytest.raises(SystemExit, match=f"mymodels:{name}: expected .*{re.escape(got)}"):
             tiny(name, "--backbone", f"mymodels:{name}")
 
 

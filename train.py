@@ -264,7 +264,7 @@ def make_model(args):
         load_weights(model, args.backbone, args.weights)
     except (ValueError, RuntimeError, AssertionError) as error:         # of torch and torchvision
         raise data.UserError(
-            f"--backbone {args.backbone} does not go with --weights {args.weights}, --image-size "
+            f"--backbone {args.backbone}, --weights {args.weights}, --image-size "
             f"{args.image_size}, --dim {args.dim}: {str(error)[:300]}") from None
     plain = args.amp == "off" or args.device.startswith("mps")  # Apple's: wrong gradients otherwise
     model.to(args.device, memory_format=torch.contiguous_format if plain else torch.channels_last)
