@@ -214,16 +214,21 @@ def load_weights(encoder, backbone, weights):
             state = state[name] if isinstance(state, dict) and name in state else state
         if not isinstance(state, dict):
             raise data.UserError(f"{weights}: not a state_dict but a {type(state).__name__}")
-    state = {str(name): v for name, v in state.items()}
+    encoder.backbone.load_state_dict(for_network(state, encoder.backbone))
+
+
+def for_network(state, network):
+    """A state_dict's tensors under the network's own names, without those of its last layer, which
+    `torchvision_backbone` took away.
+    """
+    own, state = network.state_dict(), {str(name): value for name, value in state.items()}
     inside = [name for name in state if name.startswith("backbone.")]       # of an Encoder
     state = {name.removeprefix("backbone."): state[name] for name in inside or state}
-    prefix, network = re.compile(r"^((module|backbone|model|_orig_mod)\.)+"), encoder.backbone
-    own = network.state_dict()
+    prefix = re.compile(r"^((module|backbone|model|_orig_mod)\.)+")
     state = {name if name in own else prefix.sub("", name): v for name, v in state.items()}
-    gone = tuple(f"{name}." for name, layer in network.named_modules()      # the classifier's
+    gone = tuple(f"{name}." for name, layer in network.named_modules()
                  if isinstance(layer, nn.Identity))
-    network.load_state_dict({name: v for name, v in state.items()
-                             if name in own or not name.startswith(gone)})
+    return {name: v for name, v in state.items() if name in own or not name.startswith(gone)}
 
 
 def load_file(path):
