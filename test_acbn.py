@@ -1866,7 +1866,7 @@ def test_file_names_that_are_no_utf8(tmp_path):
                      "--save", str(tmp_path / "z.npz")])
 
 
-def test_run_knows_the_data_that_it_was_trained_on(tmp_path):
+def test_run_knows_the_data_that_it_was_trained_on(tmp_path, capsys):
     root, out = tmp_path / "data", tmp_path / "run"
     make_folder(root, "klmnop")
     flags = ["--dataset", "folder", *ON_REPLICA, "--epochs", "1", "--out", str(out), "--root"]
@@ -1882,6 +1882,7 @@ def test_run_knows_the_data_that_it_was_trained_on(tmp_path):
         with pytest.raises(SystemExit, match="checkpoint.pt: was made with other data"):
             train.main([*flags, str(other), "--epochs", "2"])
         evaluation.main([str(out / "best.pt"), "--dataset", "folder", "--root", str(other)])
+        assert "note: " in (told := capsys.readouterr()).err and "recall@1" in told.out
 
 
 def test_a_log_without_its_checkpoint_is_kept_and_a_memory_that_never_starts_is_told(
