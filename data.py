@@ -678,6 +678,7 @@ def add_flags(add):
         help="synthetic: 3 to this many images a class (8)")
 
 
+# Their names in the parsed arguments.
 FLAGS = ("dataset", "root", "allow_partial", "test_list", "df2_labels", "classes", "max_images")
 
 

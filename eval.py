@@ -133,10 +133,10 @@ def own_backbone(name, size):
     backbone = make()
     with torch.no_grad():
         features = backbone.eval()(torch.zeros(2, 3, size, size))
-    shape = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features)
-    if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != 2:
+    shape = tuple(getattr(features, "shape", ()))       # (): no tensor, but a dictionary
+    if len(shape) != 2 or shape[0] != 2:
         raise data.UserError(f"--backbone {name}: expected features (2, width) of two images, "
-                             f"got {shape}")
+                             f"got {shape or type(features)}")
     return backbone, shape[1]
 
 

@@ -1882,7 +1882,8 @@ def test_run_knows_the_data_that_it_was_trained_on(tmp_path, capsys):
         with pytest.raises(SystemExit, match="checkpoint.pt: was made with other data"):
             train.main([*flags, str(other), "--epochs", "2"])
         evaluation.main([str(out / "best.pt"), "--dataset", "folder", "--root", str(other)])
-        assert "note: " in (told := capsys.readouterr()).err and "recall@1" in told.out
+        told = capsys.readouterr()
+        assert "note: " in told.err and "recall@1" in told.out
 
 
 def test_a_log_without_its_checkpoint_is_kept_and_a_memory_that_never_starts_is_told(
