@@ -5,8 +5,8 @@
     python data.py --dataset sop --root DIR --check     opens every image and lists the bad ones
     python data.py --dataset sop --download             fetches it (3.1 GB), unpacks it into data/
 
-A data set is one function that returns splits, and one row in DATASETS. Images are files, or rows
-of a uint8 array; labels are int64. Everything random comes from a seed.
+A data set is one function that returns splits, and a row in DATASETS; its flags are in `add_flags`.
+Images are files, or rows of a uint8 array; labels are int64. Everything random comes from a seed.
 """
 import argparse
 import hashlib
@@ -15,12 +15,13 @@ import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.datasets import ImageFolder
@@ -30,9 +31,82 @@ from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.functional import pil_to_tensor
 
 
+# ------------------------------------------------- shared by the scripts
+
 class UserError(Exception):
     """A user's mistake, or data that cannot be used; the message names the file or the flag."""
 
+
+def sentence(error):
+    """The message of an error, also of one that a loader's worker has wrapped in its traceback."""
+    return str(error).split("UserError: ")[-1].strip()
+
+
+def number(kind, low, above=False, below=math.inf):
+    """An argparse type: an int or a float from `low` on, or only above it, and below `below`."""
+    def number(text):               # argparse puts this name into "invalid number value: 'two'"
+        value = kind(text)
+        if not (low < value if above else low <= value) or not value < below:
+            limits = f"{'above' if above else 'at least'} {low}"
+            limits += f" and below {below}" if below < math.inf else ""
+            raise argparse.ArgumentTypeError(f"must be {limits} and finite, got {text}")
+        return value
+    return number
+
+
+def add_flags(add):
+    """The flags that say which data, for every script; returns their names."""
+    return [flag.dest for flag in (
+        add("--dataset", choices=DATASETS, default="synthetic",
+            help="its preset sets train.py's 'preset' flags (synthetic)"),
+        add("--root", default="data", help="the folder with the unpacked archive (data)"),
+        add("--allow-partial", action="store_true",
+            help="only warn where counts differ from the official"),
+        add("--test-list", choices=("small", "medium", "large"), default="small",
+            help="vehicleid: 800, 1600 or 2400 vehicles to test on (small)"),
+        add("--df2-labels", choices=("paper", "official"), default="paper",
+            help="df2: a class is (pair, category, style), or officially (pair, style) (paper)"),
+        add("--classes", type=number(int, 1), default=1000,
+            help="synthetic: classes to train on, and as many to test on (1000)"),
+        add("--max-images", type=number(int, 3), default=8,
+            help="synthetic: 3 to this many images a class (8)"))]
+
+
+def usable_device(name, parser):
+    """Exits with one sentence where a device cannot be used."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {name} cannot be used ({str(error).splitlines()[0]}); "
+                     "--device cpu can")
+
+
+def default_workers(device):
+    """One process a core for a GPU, at most 16; on a CPU the network's threads use every core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return 0 if device == "cpu" else min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def autocast(device, amp):
+    """Mixed precision as --amp names it: off, bf16 or fp16."""
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    return torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext()
+
+
+def rank_and_world():
+    """(this process's rank, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather_object(value):
+    """[the value of each process, in rank order]."""
+    values = [value] * rank_and_world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+# ------------------------------------------------- data sets on disk
 
 class Split(NamedTuple):
     images: list            # paths, or a uint8 array (N, H, W, 3)
@@ -45,75 +119,6 @@ class Splits(NamedTuple):
     query: Split
     gallery: Split = None   # None: each query is searched for among the other queries
 
-
-# ------------------------------------------------- synthetic: drawn products
-
-def uniform(generator, low, high, *shape):
-    return torch.rand(*shape, generator=generator) * (high - low) + low
-
-
-def waves(frequency, phase, x, y):
-    """Two crossing cosines (n, S, S) of frequency (n, 2, 2), phase (n, 2), x and y ([n,] S, S)."""
-    fx, fy, phase = frequency[:, :, :1, None], frequency[:, :, 1:, None], phase[:, :, None, None]
-    return torch.cos(fx * x.unsqueeze(-3) + fy * y.unsqueeze(-3) + phase).sum(1)
-
-
-def blend(mask, colours):
-    """mask (n, S, S) in 0..1 chooses between two colours (n, 2, 3) -> (n, 3, S, S)."""
-    return torch.lerp(colours[:, 1, :, None, None], colours[:, 0, :, None, None], mask[:, None])
-
-
-def draw(shape, wobble, frequency, phase, palette, size, g):
-    """One image a row, (n, size, size, 3) uint8. The identity is given; pose, background, occlusion
-    and light are drawn from generator g.
-
-    Identity: outline, r(angle) = 1 + sum of shape_k cos(k angle + wobble_k), k = 2..6, both (n, 5);
-    pattern, frequency (n, 2, 2) and phase (n, 2); palette (n, 2, 3).
-    """
-    n, axis = len(shape), (torch.arange(size) + 0.5) / size * 2 - 1
-    y, x = torch.meshgrid(axis, axis, indexing="ij")                        # (S, S) in -1..1
-    # Pose: shift, rotation, scale and stretch take the image's coordinates to the object's, u, v.
-    angle, scale = uniform(g, -0.3, 0.3, n, 1, 1), uniform(g, 0.95, 1.2, n, 1, 1)
-    shift, stretch = uniform(g, -0.12, 0.12, n, 2, 1, 1), uniform(g, 0.92, 1.08, n, 1, 1)
-    dx, dy = scale * (x - shift[:, 0]), scale * (y - shift[:, 1])
-    u, v = (angle.cos() * dx + angle.sin() * dy) * stretch, angle.cos() * dy - angle.sin() * dx
-    k, polar = torch.arange(2, 7)[:, None, None], torch.atan2(v, u)[:, None]        # (n, 1, S, S)
-    bumps = shape[:, :, None, None] * torch.cos(k * polar + wobble[:, :, None, None])
-    radius = 0.75 * (1 + bumps.sum(1))                                              # (n, S, S)
-    inside = ((radius - torch.hypot(u, v)) * size / 4 + 0.5).clamp(0, 1)            # 1: object
-    product = blend((waves(frequency, phase, u, v) * 4 + 0.5).clamp(0, 1), palette)
-    # Background: a pattern of the same kind in greyish colours.
-    stripes = waves(uniform(g, -5, 5, n, 2, 2), uniform(g, 0, 2 * math.pi, n, 2), x, y)
-    colours = 0.3 * torch.rand(n, 2, 3, generator=g) + 0.7 * torch.rand(n, 2, 1, generator=g)
-    image = torch.lerp(blend((stripes * 2 + 0.5).clamp(0, 1), colours), product, inside[:, None])
-    # Occlusion: a disc of one colour. Light: a cast, a brightness, a gradient, and noise.
-    centre, reach = uniform(g, -1, 1, n, 2, 1, 1), uniform(g, 0, 0.3, n, 1, 1)
-    disc = torch.hypot(x - centre[:, 0], y - centre[:, 1]) < reach          # (n, S, S) True: hidden
-    image = torch.where(disc[:, None], torch.rand(n, 3, 1, 1, generator=g), image)
-    slope = uniform(g, -0.25, 0.25, n, 2, 1, 1)
-    light = uniform(g, 0.9, 1.1, n, 3, 1, 1) * uniform(g, 0.75, 1.15, n, 1, 1, 1)
-    image = image * light * (1 + slope[:, 0] * x + slope[:, 1] * y)[:, None]
-    image = image + 0.04 * torch.randn(image.shape, generator=g)
-    return (image.clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def synthetic(root=None, classes=1000, max_images=8, image_size=32, seed=0):
-    """`classes` products to train on and as many others to test on, 3 to max_images images each."""
-    g = torch.Generator().manual_seed(seed)
-    C = 2 * classes
-    bound = torch.tensor([0.22, 0.2, 0.16, 0.13, 0.1])
-    identity = (uniform(g, -1, 1, C, 5) * bound, uniform(g, 0, 2 * math.pi, C, 5),      # outline
-                uniform(g, -5, 5, C, 2, 2), uniform(g, 0, 2 * math.pi, C, 2),           # pattern
-                torch.rand(C, 2, 3, generator=g))                                       # palette
-    counts = torch.randint(3, max_images + 1, (C,), generator=g)
-    y = torch.arange(C).repeat_interleave(counts)                                       # (N,)
-    images = torch.cat([draw(*(f[part] for f in identity), image_size, g)
-                        for part in y.split(1000)]).numpy()
-    n = int((y < classes).sum())
-    return Splits(Split(images[:n], y[:n]), Split(images[n:], y[n:]))
-
-
-# ------------------------------------------------- data sets on disk
 
 def make_split(pairs, boxes=None):
     """The split of a list of (image, label)."""
@@ -287,7 +292,6 @@ class Row(NamedTuple):
 
 
 DATASETS = {
-    "synthetic": Row(synthetic, (1, 10, 100, 1000), {}, ("classes", "max_images", "image_size")),
     "sop": Row(
         sop, (1, 10, 100, 1000), {"train": (59551, 11318), "query": (60502, 11316)}, tree="""\
     Stanford_Online_Products/Ebay_train.txt and Ebay_test.txt
@@ -343,10 +347,10 @@ def load(name, root="data", allow_partial=False, **options):
     return splits
 
 
-def load_for(settings, allow_partial):
-    """The splits that a run's settings name."""
-    options = {name: settings[name] for name in DATASETS[settings["dataset"]].options}
-    return load(settings["dataset"], settings["root"], allow_partial, **options)
+def load_for(args):
+    """The splits that parsed flags name."""
+    options = {name: getattr(args, name) for name in DATASETS[args.dataset].options}
+    return load(args.dataset, args.root, args.allow_partial, **options)
 
 
 def matches(splits):
@@ -419,11 +423,6 @@ def take(part, chosen):
     index, images = chosen.nonzero()[:, 0], part.images
     images = [images[i] for i in index.tolist()] if isinstance(images, list) else images[index]
     return Split(images, part.labels[chosen], None if part.boxes is None else part.boxes[chosen])
-
-
-def sentence(error):
-    """The message of an error, also of one that a loader's worker has wrapped in its traceback."""
-    return str(error).split("UserError: ")[-1].strip()
 
 
 # ------------------------------------------------- images and transforms
@@ -635,6 +634,77 @@ def loader(images, workers=0, **options):
                                        generator=torch.Generator(), **options)
 
 
+# ------------------------------------------------- synthetic: drawn products
+
+def uniform(generator, low, high, *shape):
+    return torch.rand(*shape, generator=generator) * (high - low) + low
+
+
+def waves(frequency, phase, x, y):
+    """Two crossing cosines (n, S, S) of frequency (n, 2, 2), phase (n, 2), x and y ([n,] S, S)."""
+    fx, fy, phase = frequency[:, :, :1, None], frequency[:, :, 1:, None], phase[:, :, None, None]
+    return torch.cos(fx * x.unsqueeze(-3) + fy * y.unsqueeze(-3) + phase).sum(1)
+
+
+def blend(mask, colours):
+    """mask (n, S, S) in 0..1 chooses between two colours (n, 2, 3) -> (n, 3, S, S)."""
+    return torch.lerp(colours[:, 1, :, None, None], colours[:, 0, :, None, None], mask[:, None])
+
+
+def draw(shape, wobble, frequency, phase, palette, size, g):
+    """One image a row, (n, size, size, 3) uint8. The identity is given; pose, background, occlusion
+    and light are drawn from generator g.
+
+    Identity: outline, r(angle) = 1 + sum of shape_k cos(k angle + wobble_k), k = 2..6, both (n, 5);
+    pattern, frequency (n, 2, 2) and phase (n, 2); palette (n, 2, 3).
+    """
+    n, axis = len(shape), (torch.arange(size) + 0.5) / size * 2 - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")                        # (S, S) in -1..1
+    # Pose: shift, rotation, scale and stretch take the image's coordinates to the object's, u, v.
+    angle, scale = uniform(g, -0.3, 0.3, n, 1, 1), uniform(g, 0.95, 1.2, n, 1, 1)
+    shift, stretch = uniform(g, -0.12, 0.12, n, 2, 1, 1), uniform(g, 0.92, 1.08, n, 1, 1)
+    dx, dy = scale * (x - shift[:, 0]), scale * (y - shift[:, 1])
+    u, v = (angle.cos() * dx + angle.sin() * dy) * stretch, angle.cos() * dy - angle.sin() * dx
+    k, polar = torch.arange(2, 7)[:, None, None], torch.atan2(v, u)[:, None]        # (n, 1, S, S)
+    bumps = shape[:, :, None, None] * torch.cos(k * polar + wobble[:, :, None, None])
+    radius = 0.75 * (1 + bumps.sum(1))                                              # (n, S, S)
+    inside = ((radius - torch.hypot(u, v)) * size / 4 + 0.5).clamp(0, 1)            # 1: object
+    product = blend((waves(frequency, phase, u, v) * 4 + 0.5).clamp(0, 1), palette)
+    # Background: a pattern of the same kind in greyish colours.
+    stripes = waves(uniform(g, -5, 5, n, 2, 2), uniform(g, 0, 2 * math.pi, n, 2), x, y)
+    colours = 0.3 * torch.rand(n, 2, 3, generator=g) + 0.7 * torch.rand(n, 2, 1, generator=g)
+    image = torch.lerp(blend((stripes * 2 + 0.5).clamp(0, 1), colours), product, inside[:, None])
+    # Occlusion: a disc of one colour. Light: a cast, a brightness, a gradient, and noise.
+    centre, reach = uniform(g, -1, 1, n, 2, 1, 1), uniform(g, 0, 0.3, n, 1, 1)
+    disc = torch.hypot(x - centre[:, 0], y - centre[:, 1]) < reach          # (n, S, S) True: hidden
+    image = torch.where(disc[:, None], torch.rand(n, 3, 1, 1, generator=g), image)
+    slope = uniform(g, -0.25, 0.25, n, 2, 1, 1)
+    light = uniform(g, 0.9, 1.1, n, 3, 1, 1) * uniform(g, 0.75, 1.15, n, 1, 1, 1)
+    image = image * light * (1 + slope[:, 0] * x + slope[:, 1] * y)[:, None]
+    image = image + 0.04 * torch.randn(image.shape, generator=g)
+    return (image.clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def synthetic(root=None, classes=1000, max_images=8, image_size=32, seed=0):
+    """`classes` products to train on and as many others to test on, 3 to max_images images each."""
+    g = torch.Generator().manual_seed(seed)
+    C = 2 * classes
+    bound = torch.tensor([0.22, 0.2, 0.16, 0.13, 0.1])
+    identity = (uniform(g, -1, 1, C, 5) * bound, uniform(g, 0, 2 * math.pi, C, 5),      # outline
+                uniform(g, -5, 5, C, 2, 2), uniform(g, 0, 2 * math.pi, C, 2),           # pattern
+                torch.rand(C, 2, 3, generator=g))                                       # palette
+    counts = torch.randint(3, max_images + 1, (C,), generator=g)
+    y = torch.arange(C).repeat_interleave(counts)                                       # (N,)
+    images = torch.cat([draw(*(f[part] for f in identity), image_size, g)
+                        for part in y.split(1000)]).numpy()
+    n = int((y < classes).sum())
+    return Splits(Split(images[:n], y[:n]), Split(images[n:], y[n:]))
+
+
+DATASETS["synthetic"] = Row(synthetic, (1, 10, 100, 1000), {},
+                            ("classes", "max_images", "image_size"))
+
+
 # ------------------------------------------------- python data.py
 
 def check(split):
@@ -647,39 +717,6 @@ def check(split):
     images = dict.fromkeys(split.images) if isinstance(split.images, list) else split.images
     with ThreadPoolExecutor() as pool:
         return [text for text in pool.map(complaint, images) if text]
-
-
-def number(kind, low, above=False, below=math.inf):
-    """An argparse type: an int or a float from `low` on, or only above it, and below `below`."""
-    def number(text):               # argparse puts this name into "invalid number value: 'two'"
-        value = kind(text)
-        if not (low < value if above else low <= value) or not value < below:
-            limits = f"{'above' if above else 'at least'} {low}"
-            limits += f" and below {below}" if below < math.inf else ""
-            raise argparse.ArgumentTypeError(f"must be {limits} and finite, got {text}")
-        return value
-    return number
-
-
-def add_flags(add):
-    """The flags that say which data, for every script."""
-    add("--dataset", choices=DATASETS, default="synthetic",
-        help="its preset sets train.py's 'preset' flags (synthetic)")
-    add("--root", default="data", help="the folder with the unpacked archive (data)")
-    add("--allow-partial", action="store_true",
-        help="only warn where counts differ from the official")
-    add("--test-list", choices=("small", "medium", "large"), default="small",
-        help="vehicleid: 800, 1600 or 2400 vehicles to test on (small)")
-    add("--df2-labels", choices=("paper", "official"), default="paper",
-        help="df2: a class is (pair, category, style), or officially (pair, style) (paper)")
-    add("--classes", type=number(int, 1), default=1000,
-        help="synthetic: classes to train on, and as many to test on (1000)")
-    add("--max-images", type=number(int, 3), default=8,
-        help="synthetic: 3 to this many images a class (8)")
-
-
-# Their names in the parsed arguments.
-FLAGS = ("dataset", "root", "allow_partial", "test_list", "df2_labels", "classes", "max_images")
 
 
 def download(name, root):
@@ -708,6 +745,7 @@ def parse_args(argv=None):
     parser.add_argument("--check", action="store_true",
                         help="open every image and list the bad ones")
     parser.add_argument("--download", action="store_true", help="fetch and unpack it first (sop)")
+    parser.set_defaults(image_size=32)          # of the drawn products
     return parser.parse_args(argv)
 
 
@@ -716,7 +754,7 @@ def main(argv=None):
     try:
         if args.download:
             download(args.dataset, args.root)
-        splits = load_for({**vars(args), "image_size": 32}, args.allow_partial)
+        splits = load_for(args)
     except (UserError, OSError) as error:
         sys.exit(f"data.py: {error}")
     print(*describe(splits), sep="\n")

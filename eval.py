@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 from acbn import normalize
+from data import autocast, gather_object, rank_and_world
 
 FORMAT = 4              # of train.py's checkpoints
 
@@ -259,47 +259,31 @@ def rebuild(path):
 
 # ------------------------------------------------- embeddings
 
-def rank_and_world():
-    """(this process's rank, how many there are)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather_object(value):
-    """[the value of each process, in rank order]."""
-    values = [value] * rank_and_world()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
-
-
-def autocast(device, amp):
-    """Mixed precision as --amp names it: off, bf16 or fp16."""
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    return torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext()
-
-
 @torch.no_grad()
-def embed(model, split, settings, device="cpu", workers=0):
-    """Embeddings (N, D) float32 and labels (N,), on `device`, of a split's images in their order.
+def embed(model, images, amp="off", device="cpu", workers=0):
+    """Embeddings (N, D) float32 and labels (N,), on `device`, of data.Images in their order.
 
     Several processes share the batches; each of them gets the embeddings of all.
     """
     was_training, (rank, world) = model.training, rank_and_world()
     model.eval()
-    images = data.Images(split, settings["image_size"], settings["augment"])
     batches = torch.arange(len(images)).split(64)        # larger ones are slower on a CPU
     mine = batches[rank * len(batches) // world:(rank + 1) * len(batches) // world]
     loader = data.loader(images, workers, batch_sampler=[batch.tolist() for batch in mine])
-    with autocast(device, settings["amp"]):
+    with autocast(device, amp):
         share = [model(x.to(device)).float() for x, _ in loader]                    # each (b, D)
     model.train(was_training)
     shares = gather_object([part.cpu() for part in share])
-    return torch.cat(sum(shares, [])).to(device), split.labels.to(device)           # (N, D), (N,)
+    return torch.cat(sum(shares, [])).to(device), images.split.labels.to(device)    # (N, D), (N,)
 
 
-def embed_test(model, splits, settings, device="cpu", workers=0):
-    """[(z, y) of the queries, (z, y) of the gallery]; (None, None) if queries are the gallery."""
-    return [embed(model, part, settings, device, workers) if part else (None, None)
+def embed_test(model, splits, args):
+    """[(z, y) of the queries, (z, y) of the gallery]; (None, None) if queries are the gallery.
+
+    args: image_size, augment, amp, device and workers, as train.py has them.
+    """
+    return [embed(model, data.Images(part, args.image_size, args.augment), args.amp, args.device,
+                  args.workers) if part else (None, None)
             for part in (splits.query, splits.gallery)]
 
 
@@ -338,36 +322,20 @@ def read_embeddings(path):
 
 # ------------------------------------------------- python eval.py
 
-def usable_device(name, parser):
-    """Exits with one sentence where a device cannot be used."""
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {name} cannot be used ({str(error).splitlines()[0]}); "
-                     "--device cpu can")
-
-
-def default_workers(device):
-    """One process a core for a GPU, at most 16; on a CPU the network's threads use every core."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return 0 if device == "cpu" else min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Scores of a checkpoint, by "
                                      "default on the data that it was trained for.")
     add = parser.add_argument
     add("file", type=Path, help="checkpoint.pt or best.pt of a run, or embeddings in an .npz file")
-    data.add_flags(add)
-    parser.set_defaults(**dict.fromkeys(data.FLAGS))            # None: as in training
+    parser.set_defaults(**dict.fromkeys(data.add_flags(add)))   # None: as in training
     add("--workers", type=data.number(int, 0),
         help="processes that read images (GPU: one a core, up to 16; CPU: 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--save", type=Path, metavar="FILE.npz", help="write embeddings, labels and names there")
     args = parser.parse_args(argv)
-    usable_device(args.device, parser)
+    data.usable_device(args.device, parser)
     if args.workers is None:
-        args.workers = default_workers(args.device)
+        args.workers = data.default_workers(args.device)
     if args.save and args.file.suffix == ".npz":
         parser.error(f"--save {args.save}: {args.file} holds embeddings already")
     if args.save and (args.save.suffix != ".npz" or not args.save.absolute().parent.is_dir()):
@@ -376,21 +344,20 @@ def parse_args(argv=None):
     return args
 
 
-def evaluate_checkpoint(args):
+def evaluate_checkpoint(flags):
     """(the data set's name, its splits, [(z, y) of the queries, (z, y) of the gallery])."""
-    model, state = rebuild(args.file)
-    given = {name: getattr(args, name) for name in data.FLAGS if getattr(args, name)}
-    settings = {**state["settings"], **given}
-    splits = data.load_for(settings, settings["allow_partial"])
-    other = given.keys() & {"dataset", *data.DATASETS[settings["dataset"]].options}     # asked for
+    model, state = rebuild(flags.file)
+    given = {name: value for name, value in vars(flags).items() if value is not None}
+    args = argparse.Namespace(**{**state["settings"], **given})         # the run's, but for these
+    splits = data.load_for(args)
+    other = given.keys() & {"dataset", *data.DATASETS[args.dataset].options}        # asked for
     if data.fingerprint(splits) != state["data"]:
-        text = (f"{args.file}: was made with other data than lie in {settings['root']}: their "
-                "names or labels differ")
+        text = (f"{args.file}: was made with other data than lie in {args.root}: their names or "
+                "labels differ")
         if not other:
             raise data.UserError(f"{text} (--dataset scores them all the same)")
         print(f"note: {text}", file=sys.stderr)
-    found = embed_test(model.to(args.device), splits, settings, args.device, args.workers)
-    return settings["dataset"], splits, found
+    return args.dataset, splits, embed_test(model.to(args.device), splits, args)
 
 
 def run(args):

@@ -6,8 +6,12 @@
 
 Every epoch adds a line to <out>/log.jsonl and rewrites <out>/checkpoint.pt, and <out>/best.pt where
 it is the best so far. The same command continues where it stopped.
+
+Begin to read at `train_epoch`, the step, and then at `train`, the run. Another loss is a row of
+LOSSES, another optimiser a line of `train`, another measurement a method of `Measured`.
 """
 import argparse
+import copy
 import json
 import math
 import os
@@ -25,9 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import acbn
 import data
-from eval import (FORMAT, Encoder, autocast, default_workers, embed_test, gather_object,
-                  kept_buffers, load_checkpoint, load_weights, rank_and_world, scores,
-                  usable_device)
+from data import autocast, gather_object, rank_and_world
+from eval import (FORMAT, Encoder, embed_test, kept_buffers, load_checkpoint, load_weights,
+                  scores)
 
 # ------------------------------------------------- settings
 
@@ -45,7 +49,7 @@ PRESETS = {"synthetic": SMALL,                                  # the other data
            "df2": {**PAPER, "memory_ratio": 1.0, "gain_interval": 10}}
 
 
-LOSSES = {              # name: (the loss, the mining whose pairs the log counts)
+LOSSES = {      # name: (the loss, a function or a module; the mining whose pairs the log counts)
     "ms": (acbn.multi_similarity_loss, acbn.multi_similarity_pairs),
     "supcon": (acbn.mined_supcon_loss, acbn.pair_margin),
     "contrastive": (acbn.contrastive_loss,
@@ -124,24 +128,24 @@ def parse_args(argv=None):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     args.amp = args.amp or ("fp16" if on_gpu else "off")
     if args.workers is None:
-        args.workers = default_workers(args.device)
+        args.workers = data.default_workers(args.device)
     args.out = args.out or (f"runs/{args.dataset}-{args.method}-{args.loss}-b{args.batch_size}"
                             f"-s{args.seed}")
     if args.chunk and args.device.startswith("mps"):
         p.error("--chunk: on Apple's GPUs torch cannot repeat the random numbers of a forward pass")
     if args.process_noise + args.measurement_noise == 0:
         p.error("--process-noise and --measurement-noise cannot both be 0")
-    usable_device(args.device, p)
+    data.usable_device(args.device, p)
     return args
 
 
 # ------------------------------------------------- many processes, as torchrun starts them
 
-def join(args):
+def join(device):
     """Take this process's GPU, and join torchrun's other processes, if there are any."""
-    on_gpu = args.device.startswith("cuda")
+    on_gpu = device.startswith("cuda")
     if on_gpu:
-        torch.cuda.set_device(torch.device(args.device).index or 0)
+        torch.cuda.set_device(torch.device(device).index or 0)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         try:    # the others wait while rank 0 searches; when a process dies torchrun ends them all
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=4))
@@ -151,13 +155,17 @@ def join(args):
 
 
 def gather(t):
-    """Slices (b, ...) of all processes in rank order -> (B, ...); gradient flows to this one's."""
+    """Slices (b, ...) of all processes in rank order -> (B, ...), the same in every process.
+
+    Gradient flows to this process's slice alone, times the number of processes, by which DDP
+    divides it. So every process calls the loss on the whole batch, as a single one would.
+    """
     rank, world = rank_and_world()
     if world == 1:
         return t
     parts = [torch.empty_like(t) for _ in range(world)]
     dist.all_gather(parts, t.detach().contiguous())
-    parts[rank] = t
+    parts[rank] = t.detach() + world * (t - t.detach())         # the value t, the gradient world
     return torch.cat(parts)
 
 
@@ -198,30 +206,89 @@ def without_trace(model, state):
         yield
 
 
-def counting(loss, mine, pairs):
-    """The loss; whenever it is computed, it leaves the numbers of mined pairs in pairs (2,). (With
+class CountedLoss(torch.nn.Module):
+    """A loss that counts the pairs which its mining leaves, each time that it is computed. (With
     xbm+batch it is computed twice a step; the memory's pairs stay.)
     """
-    def counted(sim, positive, negative):
-        pairs.copy_(torch.stack([mask.sum() for mask in mine(sim.detach(), positive, negative)]))
-        return loss(sim, positive, negative)
-    return counted
+
+    def __init__(self, loss, mine):
+        super().__init__()
+        self.loss, self.mine = copy.deepcopy(loss), mine    # a module's weights are this run's own
+
+    def forward(self, sim, positive, negative):
+        mined = self.mine(sim.detach(), positive, negative)                     # 2 x (B, N)
+        self.pairs = torch.stack([mask.sum() for mask in mined])                # (2,)
+        return self.loss(sim, positive, negative)
 
 
-def summary(seen, args, epoch, over):
-    """The log's part of an epoch so far (or over), from seen (4, steps): loss, gradient norm,
-    positives and negatives of each step. A loss or gradient that is not finite ends the run; fp16
-    may skip steps with such a gradient, but not every one.
+class Measured:
+    """What the log says of an epoch. The figures of the steps stay on the device: the host waits
+    for them only where it prints, and at the end.
+    """
+
+    def __init__(self, epoch, steps, args):
+        self.epoch, self.steps, self.args = epoch, steps, args
+        self.every = min(50, max(1, steps // 6))                # drift is measured at these steps
+        self.step, self.drifts, self.spreads = 0, [], []
+        self.seen = torch.zeros(4, steps, device=args.device)   # loss, gradient norm, pairs mined
+        self.start = self.shown = time.perf_counter()
+
+    def add(self, loss, norm, pairs):
+        """A step's loss (), gradient norm () and numbers of mined positives and negatives (2,)."""
+        self.seen[:, self.step] = torch.stack([loss.detach(), norm, *pairs])
+        self.step += 1
+        if time.perf_counter() - self.shown > 5 and self.step < self.steps:
+            self.progress()
+
+    def drift(self, model, x, z, state):
+        """How far this step moved the embeddings z (B, D) of the batch; x (b, 3, S, S): this
+        process's images, state: the random numbers' before they were embedded.
+        """
+        if self.step % self.every:
+            return
+        with without_trace(model, state), autocast(self.args.device, self.args.amp):
+            moved = acbn.normalize(gather(model(x).float()))            # (B, D)
+        z = acbn.normalize(z.detach())
+        self.drifts.append((moved - z).norm(dim=1))         # (B,) Eq. 5, dk = 1, the same pixels
+        self.spreads.append(z.std(0, correction=0).norm())  # () 0: collapsed, 1: centred
+
+    def progress(self):
+        """Prints a line; returns the means so far, and the steps a second."""
+        means = summary(self.seen[:, :self.step], self.epoch, self.steps, self.args)
+        self.shown = time.perf_counter()
+        speed = self.step / (self.shown - self.start)
+        left = round(((self.args.epochs - self.epoch + 1) * self.steps - self.step) / speed)
+        say(f"epoch {self.epoch}/{self.args.epochs}  step {self.step}/{self.steps}  "
+            f"loss {self.seen[0, self.step - 1].item():.4f}  "
+            f"{speed * self.args.batch_size:.0f} images/s  {left // 60}:{left % 60:02} left")
+        return means, speed
+
+    def record(self, rate, criterion):
+        """The epoch's line of the log."""
+        means, speed = self.progress()
+        started = criterion.method in acbn.ADAPTING and len(criterion.memory)
+        return {"epoch": self.epoch, "lr": rate, **means, "gain": criterion.K if started else None,
+                "memory": len(criterion.memory),
+                "images_per_second": round(speed * self.args.batch_size, 1),
+                "drift_mean": fmean(drift.mean().item() for drift in self.drifts),
+                "drift_max": fmean(drift.max().item() for drift in self.drifts),
+                "spread": fmean(spread.item() for spread in self.spreads)}
+
+
+def summary(seen, epoch, steps, args):
+    """Means over the steps so far of an epoch, from seen (4, steps so far): loss, gradient norm,
+    positives and negatives. A loss or gradient that is not finite ends the run. But fp16 skips a
+    step whose gradient overflows, unless it has skipped every step of the epoch.
     """
     losses, norms, positives, negatives = seen.tolist()
-    taken, fp16 = [norm for norm in norms if math.isfinite(norm)], args.amp == "fp16"
-    may_skip = fp16 and (taken or not over)
-    bad = [k for k, (loss, norm) in enumerate(zip(losses, norms), 1)
-           if not math.isfinite(loss) or not math.isfinite(norm) and not may_skip]
-    if bad:
-        raise data.UserError(f"epoch {epoch}, step {bad[0]}: the loss or its gradient is not "
-                             f"finite; try a lower --lr than {args.lr:g}"
-                             + fp16 * ", or --amp bf16 or off")
+    taken = [norm for norm in norms if math.isfinite(norm)]
+    fp16 = args.amp == "fp16"
+    may_skip = fp16 and (taken or len(losses) < steps)
+    for step, (loss, norm) in enumerate(zip(losses, norms), 1):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or may_skip):
+            raise data.UserError(f"epoch {epoch}, step {step}: the loss or its gradient is not "
+                                 f"finite; try a lower --lr than {args.lr:g}"
+                                 + (", or --amp bf16 or off" if fp16 else ""))
     return {"loss": fmean(losses), "gradient_norm": fmean(taken or [0]),
             "steps_skipped": len(norms) - len(taken), "steps_without_pairs": losses.count(0),
             "positives_mined": fmean(positives), "negatives_mined": fmean(negatives)}
@@ -240,7 +307,7 @@ def warning(record, steps):
 
 def load_data(args):
     """(all splits, splits to use, validation split or None, P x m sampler)."""
-    everything, val = data.load_for(vars(args), args.allow_partial), None
+    everything, val = data.load_for(args), None
     splits = everything
     if args.val_fraction:
         splits, val = data.hold_out(everything, args.val_fraction)
@@ -273,32 +340,31 @@ def make_model(args):
     return model.train()
 
 
-def train_head(model, batches, sampler, args):
+def train_head(model, batches, sampler, epochs, device, amp):
     """The new last layer alone, as the paper starts: plain supervised contrastive loss, SGD."""
-    criterion = acbn.CrossBatchLoss(args.dim, 1, "none", acbn.supcon_loss).to(args.device)
-    head, world = parallel(model.head, args.device), rank_and_world()[1]
+    criterion = acbn.CrossBatchLoss(model.head.out_features, 1, "none", acbn.supcon_loss).to(device)
+    head = parallel(model.head, device)
     optimizer = torch.optim.SGD(model.head.parameters(), lr=0.001)
     model.eval()                            # the backbone's batch-norm statistics stay as they are
-    for epoch in range(args.head_epochs):
-        sampler.set_epoch(epoch - args.head_epochs)     # negative: other batches than training's
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch - epochs)       # negative: other batches than training's
         for x, y in batches:
-            with autocast(args.device, args.amp):
+            with autocast(device, amp):
                 with torch.no_grad():
-                    features = model.features(x.to(args.device))
-                z = head(features)
-            loss = criterion(gather(z.float()), gather(y.to(args.device)))
+                    features = model.features(x.to(device))                     # (b, width)
+                z = head(features)                                              # (b, D)
+            loss = criterion(gather(z.float()), gather(y.to(device)))
             optimizer.zero_grad()
-            (world * loss).backward()
+            loss.backward()
             optimizer.step()
-        say(f"head epoch {epoch + 1}/{args.head_epochs}  loss {loss.item():.4f}")
+        say(f"head epoch {epoch + 1}/{epochs}  loss {loss.item():.4f}")
     model.train()
 
 
-def fill_memory(model, criterion, split, args):
+def fill_memory(model, criterion, images, args):
     """Random training images, in whole batches, embedded by the network as it is now (XBM)."""
     g = torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(len(split.labels), generator=g)[:criterion.memory.size].tolist()
-    images = data.Images(split, args.image_size, args.augment, training=True)
+    order = torch.randperm(len(images), generator=g)[:criterion.memory.size].tolist()
     batches = data.loader(images, args.workers, batch_size=args.batch_size, drop_last=True,
                           sampler=[(i, k) for k, i in enumerate(order)])
     with without_trace(model, random_state()), autocast(args.device, args.amp):
@@ -308,56 +374,39 @@ def fill_memory(model, criterion, split, args):
             criterion.memory.enqueue(z, y.to(args.device))
 
 
-def train_epoch(epoch, parts, network, batches, split, pairs, args):
-    """One epoch, step by step; returns its line of the log."""
-    model, criterion, optimizer, scaler = parts.values()        # in the order of train()
-    world, steps, drifts, spreads = rank_and_world()[1], len(batches), [], []
-    every = min(50, max(1, steps // 6))                         # drift is measured at these steps
+# ------------------------------------------------- the step
+
+def train_epoch(epoch, args, batches, network, model, criterion, optimizer, scaler):
+    """One epoch, step by step; returns its line of the log. network: the model, or DDP around it."""
     rate = args.lr * args.lr_decay ** sum(epoch > drop for drop in args.lr_drops)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    seen = torch.zeros(4, steps, device=args.device)            # loss, gradient norm, pairs mined
-    start = shown = time.perf_counter()
-    for step, batch in enumerate(batches, 1):
-        if args.fill_memory and args.method != "none" and criterion.step == args.warmup_steps:
-            fill_memory(model, criterion, split, args)
-        x, y = (t.to(args.device, non_blocking=batches.pin_memory) for t in batch)
-        state = random_state() if step % every == 0 else None
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    measured = Measured(epoch, len(batches), args)
+    for x, y in batches:
+        if args.fill_memory and criterion.step == args.warmup_steps:
+            fill_memory(model, criterion, batches.dataset, args)
+        x = x.to(args.device, non_blocking=batches.pin_memory)      # (b, 3, S, S) uint8
+        y = y.to(args.device, non_blocking=batches.pin_memory)      # (b,) this process's share
+        state = random_state()
         with autocast(args.device, args.amp):
-            z = network(x)                                      # (b, D) this process's share
-        whole, labels = gather(z.float()), gather(y)            # (B, D), (B,)
-        loss = criterion(whole, labels)                         # () the same in every process
+            z = network(x)                                          # (b, D)
+        z, y = gather(z.float()), gather(y)                         # (B, D), (B,) the whole batch
+        loss = criterion(z, y)                                      # () adapt, enqueue, compare
         optimizer.zero_grad()
-        scaler.scale(world * loss).backward()       # gradients are averaged over the processes
+        scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)     # clips nothing
-        scaler.step(optimizer)                              # fp16: not where the norm is not finite
+        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf)     # () clips nothing
+        scaler.step(optimizer)                                  # fp16: not where norm is not finite
         scaler.update()
-        seen[:, step - 1] = torch.stack([loss.detach(), norm, *pairs])
-        if state:
-            with without_trace(model, state), autocast(args.device, args.amp):
-                moved = acbn.normalize(gather(model(x).float()))            # (B, D)
-            whole = acbn.normalize(whole.detach())
-            drifts.append((moved - whole).norm(dim=1))      # (B,) Eq. 5, dk = 1, the same pixels
-            spreads.append(whole.std(0, correction=0).norm())       # () 0: collapsed, 1: centred
-        now = time.perf_counter()
-        if now - shown > 5 or step == steps:        # seldom: the host waits for the device here
-            shown, speed = now, step / (now - start)
-            record = summary(seen[:, :step], args, epoch, step == steps)
-            left = round(((args.epochs - epoch) * steps + steps - step) / speed)
-            say(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  loss {loss.item():.4f}  "
-                f"{speed * args.batch_size:.0f} images/s  {left // 60}:{left % 60:02} left")
-    started = criterion.method in acbn.ADAPTING and len(criterion.memory)
-    return {"epoch": epoch, "lr": rate, **record, "gain": criterion.K if started else None,
-            "memory": len(criterion.memory), "images_per_second": round(speed * args.batch_size, 1),
-            "drift_mean": fmean(drift.mean().item() for drift in drifts),
-            "drift_max": fmean(drift.max().item() for drift in drifts),
-            "spread": fmean(spread.item() for spread in spreads)}
+        measured.add(loss, norm, criterion.loss.pairs)
+        measured.drift(model, x, z, state)
+    return measured.record(rate, criterion)
 
 
 def evaluate(model, splits, ks, args):
     """The scores of the query split, searched in the gallery or in itself; {} but on rank 0."""
-    query, gallery = embed_test(model, splits, vars(args), args.device, args.workers)
+    query, gallery = embed_test(model, splits, args)
     return scores(query, gallery, ks) if rank_and_world()[0] == 0 else {}
 
 
@@ -426,9 +475,10 @@ def resume(path, args, fingerprint, parts):
                              f"{world}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
-    for p, moments in parts["optimizer"].state.items():
-        for name in ("exp_avg", "exp_avg_sq"):      # laid out as p: fused AdamW ignores strides
-            moments[name] = torch.empty_like(p).copy_(moments[name])
+    for p, of_p in parts["optimizer"].state.items():
+        for name, t in of_p.items():        # laid out as p is: fused optimisers ignore strides
+            if isinstance(t, torch.Tensor) and t.shape == p.shape:
+                of_p[name] = torch.empty_like(p).copy_(t)
     set_random_state(state["rng"][rank])
     return state["records"]
 
@@ -442,7 +492,7 @@ def train(args):
     torch.use_deterministic_algorithms(args.deterministic)
     torch.backends.cudnn.benchmark = not args.deterministic
     torch.manual_seed(args.seed)
-    join(args)
+    join(args.device)
     rank, world = rank_and_world()
     everything, splits, val, sampler = load_data(args)
     model = make_model(args)
@@ -451,13 +501,13 @@ def train(args):
     images = data.Images(splits.train, args.image_size, args.augment, training=True)
     batches = data.loader(images, args.workers, pin_memory=args.device.startswith("cuda"),
                           batch_sampler=data.Seeded(sampler))
-    pairs = torch.zeros(2, device=args.device)                  # mined in the last step
     criterion = acbn.CrossBatchLoss(
         args.dim, 1 if args.method == "none" else int(args.memory_ratio * len(images)), args.method,
-        counting(*LOSSES[args.loss], pairs), process_noise=args.process_noise,
+        CountedLoss(*LOSSES[args.loss]), process_noise=args.process_noise,
         measurement_noise=args.measurement_noise, gain_interval=args.gain_interval,
         momentum=args.momentum, warmup_steps=args.warmup_steps).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
+    parameters = [*model.parameters(), *criterion.parameters()]         # a loss may have some
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay,
                                   fused=True)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16")
     parts = {"model": model, "criterion": criterion, "optimizer": optimizer, "scaler": scaler}
@@ -486,19 +536,19 @@ def train(args):
 
     for epoch in range(len(records), args.epochs + 1):
         if epoch == 0:
-            train_head(model, batches, sampler, args)
+            train_head(model, batches, sampler, args.head_epochs, args.device, args.amp)
             settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
             record = {"epoch": 0, "settings": settings}
         else:
             model.train()
             sampler.set_epoch(epoch)
-            record = train_epoch(epoch, parts, network, batches, splits.train, pairs, args)
+            record = train_epoch(epoch, args, batches, network, **parts)
             if text := warning(record, len(batches)):
                 record["warning"] = text
                 say(f"warning: {text}")
-        if world > 1:                       # each has batch-norm statistics; rank 0's are saved
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
+        if world > 1:       # rank 0's are saved: batch norm's statistics, and a loss's parameters
+            for t in [*model.buffers(), *criterion.parameters()]:
+                dist.broadcast(t.detach(), 0)
         start = time.perf_counter()
         record.update(evaluate(model, splits, ks, args))
         if val:
