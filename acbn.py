@@ -70,8 +70,8 @@ def moments(z):
     """
     mean = z.mean(0)                                                            # (D,)
     std = ((z - mean).square().sum(0) / max(len(z) - 1, 1)).sqrt()              # (D,) reading 1
-    # torch sums block by block, so the mean of equal float32 rows is off by few eps: by 4 with 4,000
-    # rows and 9 with a million, as measured on a CPU. (A plain loop would be off by thousands.)
+    # torch sums block by block, so the mean of equal float32 rows is off by few eps: by 4 with
+    # 4,000 rows and 9 with a million, measured on a CPU. (A plain loop would be off by thousands.)
     rounding = 16 * torch.finfo(z.dtype).eps * mean.abs()                       # (D,)
     return mean, std.masked_fill(std <= rounding, 0)
 

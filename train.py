@@ -142,7 +142,7 @@ def parse_args(argv=None):
 # ------------------------------------------------- many processes, as torchrun starts them
 
 def join(device):
-    """Take this process's GPU, and join torchrun's other processes, if there are any."""
+    """Takes this process's GPU, and joins torchrun's other processes, if there are any."""
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(torch.device(device).index or 0)
@@ -315,11 +315,14 @@ def load_data(args):
                              f"--val-fraction {args.val_fraction:g}")
     sampler = data.ClassBalancedSampler(splits.train.labels, args.batch_size, args.images_per_class,
                                         args.seed, *rank_and_world())
-    rows = int(args.memory_ratio * len(splits.train.labels))
-    if args.method != "none" and rows < args.batch_size:
+    if args.method != "none" and memory_rows(args, splits.train) < args.batch_size:
         raise data.UserError(f"--memory-ratio {args.memory_ratio:g} makes a memory of less than "
                              f"one batch, --batch-size {args.batch_size}")
     return everything, splits, val, sampler
+
+
+def memory_rows(args, split):
+    return int(args.memory_ratio * len(split.labels))
 
 
 def make_model(args):
@@ -338,6 +341,15 @@ def make_model(args):
     if args.bn == "train" and rank_and_world()[1] > 1 and args.device.startswith("cuda"):
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)    # over the whole batch
     return model.train()
+
+
+def make_criterion(args, split):
+    """The loss against the memory, on the device; for "none" the memory stays empty."""
+    rows = 1 if args.method == "none" else memory_rows(args, split)
+    return acbn.CrossBatchLoss(
+        args.dim, rows, args.method, CountedLoss(*LOSSES[args.loss]),
+        args.process_noise, args.measurement_noise, args.gain_interval, args.momentum,
+        args.warmup_steps).to(args.device)
 
 
 def train_head(model, batches, sampler, epochs, device, amp):
@@ -377,7 +389,8 @@ def fill_memory(model, criterion, images, args):
 # ------------------------------------------------- the step
 
 def train_epoch(epoch, args, batches, network, model, criterion, optimizer, scaler):
-    """One epoch, step by step; returns its line of the log. network: the model, or DDP around it."""
+    """One epoch, step by step; returns its line of the log. network: the model, or DDP about it."""
+    model.train()
     rate = args.lr * args.lr_decay ** sum(epoch > drop for drop in args.lr_drops)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -404,10 +417,16 @@ def train_epoch(epoch, args, batches, network, model, criterion, optimizer, scal
     return measured.record(rate, criterion)
 
 
-def evaluate(model, splits, ks, args):
-    """The scores of the query split, searched in the gallery or in itself; {} but on rank 0."""
-    query, gallery = embed_test(model, splits, args)
-    return scores(query, gallery, ks) if rank_and_world()[0] == 0 else {}
+def evaluate(model, splits, val, args):
+    """Scores of the test split, and as val_... of the classes held out; none but on rank 0."""
+    start, result = time.perf_counter(), {}
+    held_out = [("val_", data.Splits(None, val), [1])] if val else []
+    for prefix, part, ks in [("", splits, data.DATASETS[args.dataset].ks), *held_out]:
+        query, gallery = embed_test(model, part, args)
+        if rank_and_world()[0] == 0:
+            found = scores(query, gallery, ks)
+            result.update({prefix + name: value for name, value in found.items()})
+    return {**result, "eval_seconds": round(time.perf_counter() - start, 1)}
 
 
 # ------------------------------------------------- checkpoints and the log
@@ -445,11 +464,11 @@ def best_of(records):
     return max(records, key=lambda record: record.get("val_recall@1", record["recall@1"]))
 
 
-def save(out, args, fingerprint, parts, records):
+def save(args, fingerprint, parts, records):
     """Writes the state after the last epoch of the records; each process gives its random state."""
     states = gather_object(random_state())
     if rank_and_world()[0] == 0:
-        epoch = records[-1]["epoch"]
+        out, epoch = Path(args.out), records[-1]["epoch"]
         state = {"format": FORMAT, "epoch": epoch, "settings": vars(args), "data": fingerprint,
                  "model": parts["model"].state_dict()}
         if best_of(records)["epoch"] == epoch:
@@ -483,6 +502,25 @@ def resume(path, args, fingerprint, parts):
     return state["records"]
 
 
+def open_run(args, fingerprint, parts):
+    """(the lock of the folder --out, the records of the run in it that the parts now continue)."""
+    out, rank = Path(args.out), rank_and_world()[0]
+    out.mkdir(parents=True, exist_ok=True)
+    lock = claim(out) if rank == 0 else None
+    resumed = (out / "checkpoint.pt").exists()
+    records = resume(out / "checkpoint.pt", args, fingerprint, parts) if resumed else []
+    if len(set(gather_object(len(records)))) > 1:       # all have looked before rank 0 writes
+        raise data.UserError(f"--out {out}: the processes find different checkpoints there; it "
+                             "must lie on a disk that all of them share")
+    if not resumed and (out / "log.jsonl").exists():
+        raise data.UserError(f"--out {out}: holds a log without its checkpoint; use another --out")
+    if resumed and rank == 0:
+        write_log(out, records)         # it lacks a line if the run was killed after its checkpoint
+    say(f"writing to {out}; stopped at any time, the same command continues after the last epoch",
+        *[f"continuing {out} after epoch {record['epoch']}" for record in records[-1:]])
+    return lock, records
+
+
 # ------------------------------------------------- the run, from top to bottom
 
 def train(args):
@@ -501,38 +539,20 @@ def train(args):
     images = data.Images(splits.train, args.image_size, args.augment, training=True)
     batches = data.loader(images, args.workers, pin_memory=args.device.startswith("cuda"),
                           batch_sampler=data.Seeded(sampler))
-    criterion = acbn.CrossBatchLoss(
-        args.dim, 1 if args.method == "none" else int(args.memory_ratio * len(images)), args.method,
-        CountedLoss(*LOSSES[args.loss]), process_noise=args.process_noise,
-        measurement_noise=args.measurement_noise, gain_interval=args.gain_interval,
-        momentum=args.momentum, warmup_steps=args.warmup_steps).to(args.device)
+    criterion = make_criterion(args, splits.train)
     parameters = [*model.parameters(), *criterion.parameters()]         # a loss may have some
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay,
                                   fused=True)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16")
     parts = {"model": model, "criterion": criterion, "optimizer": optimizer, "scaler": scaler}
 
-    # Start, or continue where a run in the same folder stopped.
+    # A new run, or the one that stopped in the same folder.
     say(*data.describe(splits), json.dumps(vars(args)))
-    ks = data.DATASETS[args.dataset].ks
-    out, fingerprint = Path(args.out), data.fingerprint(everything)
-    say(f"writing to {out}; stopped at any time, the same command continues after the last epoch")
-    out.mkdir(parents=True, exist_ok=True)
-    lock = claim(out) if rank == 0 else None
-    resumed = (out / "checkpoint.pt").exists()
-    records = resume(out / "checkpoint.pt", args, fingerprint, parts) if resumed else []
-    if len(set(gather_object(len(records)))) > 1:       # all have looked before rank 0 writes
-        raise data.UserError(f"--out {out}: the processes find different checkpoints there; it "
-                             "must lie on a disk that all of them share")
-    if resumed:
-        say(f"continuing {out} after epoch {records[-1]['epoch']}")
-    elif (out / "log.jsonl").exists():
-        raise data.UserError(f"--out {out}: holds a log without its checkpoint; use another --out")
+    fingerprint = data.fingerprint(everything)
+    lock, records = open_run(args, fingerprint, parts)
     if args.method != "none" and 0 < args.epochs * len(batches) <= args.warmup_steps:
         say(f"warning: --warmup-steps {args.warmup_steps}: the memory does not start in "
             f"{args.epochs} epochs of {len(batches)} steps")
-    if resumed and rank == 0:
-        write_log(out, records)         # it lacks a line if the run was killed after its checkpoint
 
     for epoch in range(len(records), args.epochs + 1):
         if epoch == 0:
@@ -540,7 +560,6 @@ def train(args):
             settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
             record = {"epoch": 0, "settings": settings}
         else:
-            model.train()
             sampler.set_epoch(epoch)
             record = train_epoch(epoch, args, batches, network, **parts)
             if text := warning(record, len(batches)):
@@ -549,15 +568,11 @@ def train(args):
         if world > 1:       # rank 0's are saved: batch norm's statistics, and a loss's parameters
             for t in [*model.buffers(), *criterion.parameters()]:
                 dist.broadcast(t.detach(), 0)
-        start = time.perf_counter()
-        record.update(evaluate(model, splits, ks, args))
-        if val:
-            held_out = evaluate(model, data.Splits(None, val), [1], args)
-            record.update({f"val_{name}": value for name, value in held_out.items()})
-        records.append({**record, "eval_seconds": round(time.perf_counter() - start, 1)})
+        record.update(evaluate(model, splits, val, args))
+        records.append(record)
         say(f"epoch {epoch}/{args.epochs}  " + "  ".join(
             f"{k} {100 * v:.2f}" for k, v in record.items() if "recall" in k or "map" in k))
-        save(out, args, fingerprint, parts, records)
+        save(args, fingerprint, parts, records)
 
     if rank == 0:
         last, best = records[-1], best_of(records)
