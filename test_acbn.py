@@ -2598,7 +2598,7 @@ def test_readme_snippet_of_parts_keeps_a_queue_near_its_fresh_keys():
 
 def test_readme_memory_that_follows_the_batch_before_moves_as_the_measured_variant():
     scope, memory = {}, CrossBatchMemory(8, 24)
-    exec(readme_block("def loss_of") + readme_block("def follow"), scope)
+    exec("".join(readme_blocks("python")[1:3]), scope)
     for k in range(4):
         z = rows(12, 8, seed=k, dtype=torch.float32)
         z[:, 3 + k] = 0.1                           # a dimension that is constant in one batch
