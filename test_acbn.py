@@ -2551,6 +2551,16 @@ def readme_blocks(language, path="README.md"):
     return re.findall(rf"```{language}\n(.*?)```", (HERE / path).read_text(), re.S)
 
 
+def readme_block(text, language="python"):
+    """The README's only block of that language with this text in it."""
+    (block,) = [block for block in readme_blocks(language) if text in block]
+    return block
+
+
+def readme_section(title):
+    return (HERE / "README.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
 @pytest.mark.parametrize("path", ["README.md", "results/README.md"])
 def test_readme_commands_are_accepted_by_the_scripts(path):
     parsers = {"train.py": train.parse_args, "eval.py": evaluation.parse_args,
@@ -2558,7 +2568,7 @@ def test_readme_commands_are_accepted_by_the_scripts(path):
                **{f"results/{name}.py": results_script(name).parse_args
                   for name in ("bench", "draw", "variants")}}
     lines = "\n".join(readme_blocks("bash", path)).replace("\\\n", " ").splitlines()
-    lines += re.findall(r"`(python (?:train|eval|data|results/\w+)\.py [^`]*)`",
+    lines += re.findall(r"`((?:python (?:train|eval|data|results/\w+)\.py|torchrun) [^`]*)`",
                         (HERE / path).read_text())
     seen = set()
     for command in (part.strip() for line in lines for part in re.split("&&|;", line)):
@@ -2575,7 +2585,7 @@ def test_readme_commands_are_accepted_by_the_scripts(path):
 
 def test_readme_first_snippet_runs_beside_acbn_alone(tmp_path):
     shutil.copy(HERE / "acbn.py", tmp_path)
-    source = readme_blocks("python")[0] + "\nprint(len(criterion.memory), loss.isfinite())\n"
+    source = readme_block("for epoch in") + "\nprint(len(criterion.memory), loss.isfinite())\n"
     (tmp_path / "mine.py").write_text(source)
     done = subprocess.run([sys.executable, "-c",
                            "import sys; sys.path.insert(0, '.'); import mine"],
@@ -2584,11 +2594,10 @@ def test_readme_first_snippet_runs_beside_acbn_alone(tmp_path):
 
 
 def test_readme_snippet_of_parts_keeps_a_queue_near_its_fresh_keys():
-    distances = []
-    for line in (readme_blocks("python")[1],
-                 re.sub(r".*match_moments\(memory.*\n", "    pass\n", readme_blocks("python")[1])):
+    parts, distances = readme_block("def loss_of"), []
+    for source in (parts, re.sub(r".*match_moments\(memory.*\n", "    pass\n", parts)):
         scope, g = {}, torch.Generator().manual_seed(0)
-        exec(line, scope)
+        exec(source, scope)
         images, A, b = torch.randn(4096, 128, generator=g), torch.ones(128), torch.zeros(128)
         for step in range(100):                     # the encoder A x + b drifts; 64 keys a step
             A = A * (1 + 0.1 * torch.randn(128, generator=g))
@@ -2621,7 +2630,7 @@ def test_readme_memory_that_follows_the_batch_before_moves_as_the_measured_varia
 
 def test_readme_line_of_pytorch_metric_learning_is_replaced_by_the_same_loss():
     pytest.importorskip("pytorch_metric_learning")
-    old, new = re.findall(r"^[-+](criterion = .*)$", readme_blocks("diff")[0], re.M)
+    old, new = re.findall(r"^[-+](criterion = .*)$", readme_block("steps // 2", "diff"), re.M)
     new, scope = new.replace('"xbn", warmup_steps=steps // 2', '"xbm"'), {}
     exec("from acbn import CrossBatchLoss\n"
          "from pytorch_metric_learning.losses import CrossBatchMemory, MultiSimilarityLoss\n"
@@ -2640,7 +2649,7 @@ def test_readme_line_of_pytorch_metric_learning_is_replaced_by_the_same_loss():
 def test_readme_line_runs_any_loss_of_pytorch_metric_learning_on_an_adapted_memory(name):
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     scope = {"pair_masks": acbn.pair_masks, "normalize": acbn.normalize}
-    exec(readme_blocks("python")[3], scope)
+    exec(readme_block("def any_loss"), scope)
     theirs, memory = getattr(losses, name)(), CrossBatchMemory(8, 24)
     for k in range(4):
         z = rows(12, 8, seed=k, dtype=torch.float32).requires_grad_()
@@ -2662,11 +2671,23 @@ def test_readme_snippet_of_new_images_runs(tmp_path, monkeypatch):
     tiny(tmp_path / "runs" / "synthetic-axbn-ms-b16-s0", "--epochs", "0")
     for k in range(9):
         jpeg(tmp_path / "photos" / f"{k}.jpg", k)
-    exec(readme_blocks("python")[4], {})
+    exec(readme_block("rebuild("), {})
 
 
 def test_readme_explains_every_field_of_the_log(tmp_path):
     records = tiny(tmp_path, "--val-fraction", "0.3", "--epochs", "1")
-    table = (HERE / "README.md").read_text().split("## What the log says")[1].split("## ")[0]
+    table = readme_section("What the log says")
     for field in {field for record in records for field in record} - {"epoch"}:
         assert f"`{re.sub(r'recall@.*', 'recall@K', field.removeprefix('val_'))}`" in table, field
+
+
+def test_readme_names_functions_and_their_tests_as_they_are():
+    section = readme_section("Algorithm 1, line by line")
+    proofs = set(re.findall(r"`(test_\w+)`", section))
+    assert len(proofs) > 8 and all(inspect.isfunction(globals().get(name)) for name in proofs)
+    rows = [row.split("|")[1:-1] for row in re.findall(r"^\|.*", section, re.M)[2:]]
+    for _, code, proof in rows:
+        assert "`test_" in proof
+        (name,) = re.findall(r"`([\w.]+)`", code)
+        homes = [home for home in (acbn, train) if hasattr(home, name.split(".")[0])]
+        assert homes and inspect.isfunction(functools.reduce(getattr, name.split("."), homes[0]))
