@@ -2029,6 +2029,21 @@ def test_measuring_leaves_no_trace_in_the_training(tmp_path, monkeypatch):
                   for run in ("every", "none")))
 
 
+def test_eq5_drift_is_the_distance_that_a_step_moves_its_batch():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 5)), rows(8, 12)
+    model, x = model.double(), x.view(8, 3, 2, 2)
+    measured = train.Measured(1, 1, argparse.Namespace(device="cpu", amp="off"))
+    state, z = train.random_state(), model(x)
+    with torch.no_grad():
+        model[2].weight += 0.1
+    measured.drift(model, x, z, state)
+    before, now = (t / np.linalg.norm(t, axis=1, keepdims=True)
+                   for t in (z.detach().numpy(), model(x).detach().numpy()))
+    np.testing.assert_allclose(measured.drifts[0], np.linalg.norm(now - before, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(measured.spreads[0], np.linalg.norm(before.std(0)), rtol=1e-5)
+
+
 def test_no_drift_is_measured_where_no_weight_moves_whatever_is_random(tmp_path):
     flags = ("--backbone efficientnet_b0 --classes 8 --image-size 32 --batch-size 8 --epochs 1 "
              "--lr 1e-30 --weight-decay 0").split()         # it has stochastic depth
