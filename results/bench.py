@@ -7,7 +7,6 @@
     python results/bench.py recall          Recall@K and MAP@R at SOP's size beside the product
     python results/bench.py loader          train.py's loop beside the same steps with data at hand
     python results/bench.py gpu             the memory's and the loader's share on a GPU
-    python results/bench.py twin            a training beside pytorch-metric-learning, step by step
     python results/bench.py rehearsal DIR   writes drawn JPEGs in the layout and counts of SOP
 
 Times are medians of runs in turns; on a busy machine trust the ratios alone. Peers, other
@@ -30,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 from torch.nn.functional import normalize
 from torchvision.transforms import v2
 
@@ -257,62 +255,6 @@ def bench_gpu(B=64, M=60000):
     print(torch.cuda.get_device_name(), os.cpu_count(), "cores")
 
 
-# ------------------------------------------------- the same training with another library
-
-TWINS = [(method, loss) for method in ("none", "xbm") for loss in ("ms", "supcon")]
-
-
-def twin_run(criterion, steps=200):
-    """The losses (steps,) of a small training in float64: for each criterion the same weights and
-    batches.
-
-    Noise keeps it hard: for a batch with a single mined pair of each kind the other library's loss
-    is 0.
-    """
-    split, g = data.synthetic(classes=40, max_images=6).train, torch.Generator().manual_seed(0)
-    images = data.Images(split, 8, "none")
-    x = torch.stack([images[i][0] for i in range(len(images))]).double() / 255      # (N, 3, 8, 8)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Flatten(), nn.Linear(192, 96), nn.BatchNorm1d(96), nn.ReLU(),
-                            nn.Linear(96, 32)).double()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    sampler, losses = data.ClassBalancedSampler(split.labels, 32), []
-    while len(losses) < steps:
-        sampler.set_epoch(len(losses))
-        for batch in sampler:
-            noise = torch.randn(len(batch), 3, 8, 8, generator=g, dtype=x.dtype)    # (B, 3, 8, 8)
-            loss = criterion(net(x[batch] + 0.2 * noise), split.labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-    return torch.tensor(losses[:steps], dtype=torch.float64)
-
-
-def twin_losses(method, loss):
-    """The losses of two trainings, ours and pytorch-metric-learning's: (steps,), (steps,)."""
-    from pytorch_metric_learning import losses, miners
-    theirs, miner = {
-        "ms": (losses.MultiSimilarityLoss(2, 50, 0.5), miners.MultiSimilarityMiner(0.1)),
-        "supcon": (losses.SupConLoss(0.1), miners.PairMarginMiner(0.2, 0.8))}[loss]
-    peers = {"none": lambda z, y: theirs(z, y, miner(z, y)),
-             "xbm": losses.CrossBatchMemory(theirs, 32, memory_size=100, miner=miner)}
-    ours = acbn.CrossBatchLoss(32, 100, method, train.LOSSES[loss][0]).double()
-    return twin_run(ours), twin_run(peers[method])
-
-
-def bench_twin():
-    """The same training with this repository's losses and with another library's."""
-    if name := peer("pytorch_metric_learning", "pytorch-metric-learning"):
-        print(f"{name}, torch {torch.__version__}, 200 steps in float64")
-        lines = []
-        for method, loss in TWINS:
-            ours, theirs = twin_losses(method, loss)
-            lines.append((method, loss, float((ours - theirs).abs().max())))
-        table(("method", "loss", "greatest difference"), *lines)
-
-
 # ------------------------------------------------- a data set of SOP's size
 
 def rehearsal(root):
@@ -343,7 +285,7 @@ def rehearsal(root):
 # ------------------------------------------------- python results/bench.py
 
 BENCHES = {"step": bench_step, "share": bench_share, "chunk": bench_chunk, "recall": bench_recall,
-           "loader": bench_loader, "gpu": bench_gpu, "twin": bench_twin}
+           "loader": bench_loader, "gpu": bench_gpu}
 
 
 def parse_args(argv=None):
