@@ -107,9 +107,7 @@ def finish(figure, axis, args, dpi=100):
 
 
 PANELS = (("Recall@1 (%)", {"-": "recall@1"}), ("loss", {"-": "loss"}), ("gain K", {"-": "gain"}),
-          ("drift (Eq. 5), dotted: maximum", {"-": "drift_mean", ":": "drift_max"}),
-          # In logs up to commit 3a52289 only: the distance of rows to fresh embeddings.
-          ("staleness, dotted: as adapted", {"-": "staleness_stored", ":": "staleness_adapted"}))
+          ("drift (Eq. 5), dotted: maximum", {"-": "drift_mean", ":": "drift_max"}))
 
 
 def has(groups, key):
@@ -133,19 +131,6 @@ def draw_panel(axis, groups, title, lines):
     axis.grid(alpha=0.3)
 
 
-def draw_staleness_by_age(axis, groups):
-    """Of the logs that have it; solid: rows as stored, dotted: as adapted."""
-    for n, runs in enumerate(groups.values()):
-        rows = torch.tensor([row for log in runs for record in log[-(len(log) // 3):]
-                             for row in record.get("staleness", [])]).view(-1, 3)   # (rows, 3)
-        ages = rows[:, 0].unique().tolist()
-        means = [rows[rows[:, 0] == age].mean(0) for age in ages]                   # each (3,)
-        for k, style in ((1, "-"), (2, ":")):
-            axis.plot(ages, [m[k] for m in means], style, color=f"C{n}")
-    axis.set(title="staleness, last third of the epochs", xlabel="age in steps")
-    axis.grid(alpha=0.3)
-
-
 def curves(args):
     groups = read_runs(args.runs)
     tell(groups)
@@ -153,15 +138,12 @@ def curves(args):
     brief = args.command == "overview"
     panels = [(title, lines) for title, lines in (PANELS[::3] if brief else PANELS)
               if has(groups, lines["-"])]
-    by_age = has(groups, "staleness") and not brief
-    columns = -(-(len(panels) + by_age) // (1 if brief else 2))
-    figure, axes = pyplot().subplots(1 if brief else 2, columns, squeeze=False,
+    columns = len(panels) if brief else 2
+    figure, axes = pyplot().subplots(-(-len(panels) // columns), columns, squeeze=False,
                                      figsize=(10, 4 if brief else 6), layout="constrained")
     for axis, (title, lines) in zip(axes.flat, panels):
         draw_panel(axis, groups, title, lines)
-    if by_age:
-        draw_staleness_by_age(axes.flat[len(panels)], groups)
-    for unused in axes.flat[len(panels) + by_age:]:
+    for unused in axes.flat[len(panels):]:
         unused.remove()
     finish(figure, axes[0, 0], args, dpi=110 if brief else 100)
 
