@@ -105,12 +105,12 @@ def test_training_equals_pytorch_metric_learning_step_by_step(method, loss):
 
 # ------------------------------------------------- results/draw.py
 
-def keep_log(path, seed=0, last=2, recall=0.5, **settings):
+def keep_log(path, seed=0, last=2, recall=0.5, speeds=(9, 9, 9, 9), memory=(0, 0, 0, 0),
+             **settings):
     """A log as results/ keeps them."""
-    first = {"settings": {"method": "xbn", "lr": 0.1, **settings, "seed": seed}}
-    records = [{"epoch": e, "recall@1": recall, "map@r": 0.2, "drift_mean": 0.1}
-               for e in range(last + 1)]
-    records[0].update(first)
+    records = [{"epoch": e, "recall@1": recall, "map@r": 0.2, "images_per_second": speeds[e],
+                "memory": memory[e]} for e in range(last + 1)]
+    records[0]["settings"] = {"method": "xbn", "lr": 0.1, **settings, "seed": seed}
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -141,6 +141,30 @@ def test_draw_averages_runs_that_differ_by_their_seed(tmp_path, capsys):
         draw.read_runs([tmp_path / "c.jsonl"])
 
 
+def test_draw_tells_the_differences_to_none_seed_by_seed(tmp_path, capsys):
+    recalls = {"none": (0.3, 0.5), "xbn": (0.32, 0.53), "late": (0.4, 0.4), "half": (0.4, 0.4)}
+    logs = [keep_log(tmp_path / f"{name}-s{seed}.jsonl", seed=seed + (name == "half"),
+                     recall=recall, method="none" if name == "none" else "xbn",
+                     lr=0.2 if name == "late" else 0.1)
+            for name, pair in recalls.items() for seed, recall in enumerate(pair)]
+    draw.tell(draw.read_runs(logs))
+    told = capsys.readouterr().out.splitlines()
+    assert told[1] == ("xbn  runs 2  recall@1 42.50 ± 14.85  minus none +2.50 ± 0.71  "
+                       "map@r 20.00 ± 0.00  minus none +0.00 ± 0.00")
+    # No partners: `none` itself, another rate, and a seed that `none` lacks.
+    assert not any("minus" in line for line in (told[0], *told[2:]))
+
+
+def test_draw_takes_the_time_after_the_start_of_the_memory(tmp_path):
+    def seconds(**log):
+        return draw.seconds(*draw.read_runs([keep_log(tmp_path / "a.jsonl", last=3,
+                                                      speeds=(None, 50, 40, 25), **log)]).values())
+    assert seconds(memory=(0, 0, 5, 9)) == [1000 / 25]      # it starts within the second epoch
+    assert seconds(method="none") == [1000 / 50]
+    with pytest.raises(data.UserError, match="no epoch after"):
+        seconds(memory=(0, 0, 0, 9))
+
+
 def test_draw_tells_whether_the_order_of_the_means_changes():
     def group(*curves):
         return [[{"recall@1": v} for v in curve] for curve in curves]
@@ -163,11 +187,21 @@ def test_draw_shows_the_worst_queries_first_with_their_neighbours():
     assert near[0][1] == 0.0 and second[0] == 0 and second[1] == 1
 
 
+def test_draw_names_a_class_by_its_folder_where_that_holds_it_alone():
+    split = data.make_split([("d/cup/1.jpg", 3), ("d/cup/side/2.jpg", 3), ("d/cup_b/1.jpg", 4),
+                             ("d/a cup with a saucer/1.jpg", 5), ("d/all/1.jpg", 6),
+                             ("d/all/2.jpg", 7)])
+    assert [draw.class_name(split, i) for i in range(6)] == [
+        "cup", "cup", "cup_b", "a cup with a …", "class 6", "class 7"]
+    drawn = data.synthetic(classes=2).query
+    assert draw.class_name(drawn, 0) == f"class {drawn.labels[0]}"
+
+
 def test_draw_makes_every_picture_from_new_runs_and_from_kept_logs(tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "p.png"
     for seed in (0, 1):
-        tiny(tmp_path / f"a-s{seed}", "--epochs", "1", "--seed", str(seed))
+        tiny(tmp_path / f"a-s{seed}", "--seed", str(seed))
     runs = [str(tmp_path / "a-s0"), str(tmp_path / "a-s1")]
     old = [str(path) for path in sorted((HERE / "results/logs/default").glob("*.jsonl"))]
     for command in (["curves", *runs], ["curves", *old, *runs], ["overview", *runs],
