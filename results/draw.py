@@ -8,10 +8,12 @@
     python results/draw.py idea --steps 40 --batch-size 64          stored and adapted rows
 
 Runs whose names differ by "-s<seed>" alone are averaged: their mean, and one deviation about it.
+Where a run of `none` with the same seed and settings is among them, so is the difference to it.
 --out names the picture; `idea` takes train.py's flags as well. Needs matplotlib.
 """
 import argparse
 import json
+import os
 import re
 import sys
 from functools import partial
@@ -82,12 +84,37 @@ def order_of_means(groups):
             + (f"changes between {', '.join(swaps)}" if swaps else "does not change"))
 
 
+def but_for_method(log):
+    """A key that two logs share if they differ in method alone: same settings, seed and length."""
+    return json.dumps([{**log[0]["settings"], "method": None}, log[-1]["epoch"]], sort_keys=True)
+
+
+def minus_none(groups, runs, key):
+    """Each run's figure minus that of the run of `none` with its seed and settings, in percent; []
+    where one has no such partner. Two runs of a seed share its luck, so these differences can
+    deviate far less than either mean.
+    """
+    plain = {but_for_method(log): log for logs in groups.values() for log in logs
+             if log[0]["settings"]["method"] == "none"}
+    partners = [plain.get(but_for_method(log)) for log in runs]
+    if runs[0][0]["settings"]["method"] == "none" or None in partners:
+        return []
+    return [a - b for a, b in zip(in_percent(runs, key), in_percent(partners, key))]
+
+
+def shown(values, sign=""):
+    mean, std = mean_and_std(values)
+    return f"{mean:{sign}.2f}" + f" ± {std:.2f}" * (len(values) > 1)
+
+
 def tell(groups):
     """Prints what a table shows of each group."""
     for label, runs in groups.items():
-        figures = [(key, *mean_and_std(in_percent(runs, key))) for key in ("recall@1", "map@r")]
-        figures = [f"{key} {mean:.2f}" + f" ± {std:.2f}" * (len(runs) > 1)
-                   for key, mean, std in figures]
+        figures = []
+        for key in ("recall@1", "map@r"):
+            figures.append(f"{key} {shown(in_percent(runs, key))}")
+            if differences := minus_none(groups, runs, key):
+                figures.append(f"minus none {shown(differences, '+')}")
         print(label, f"runs {len(runs)}", *figures, sep="  ")
 
 
@@ -107,9 +134,7 @@ def finish(figure, axis, args, dpi=100):
 
 
 PANELS = (("Recall@1 (%)", {"-": "recall@1"}), ("loss", {"-": "loss"}), ("gain K", {"-": "gain"}),
-          ("drift (Eq. 5), dotted: maximum", {"-": "drift_mean", ":": "drift_max"}),
-          # In logs up to commit 3a52289 only: the distance of rows to fresh embeddings.
-          ("staleness, dotted: as adapted", {"-": "staleness_stored", ":": "staleness_adapted"}))
+          ("drift (Eq. 5), dotted: maximum", {"-": "drift_mean", ":": "drift_max"}))
 
 
 def has(groups, key):
@@ -133,19 +158,6 @@ def draw_panel(axis, groups, title, lines):
     axis.grid(alpha=0.3)
 
 
-def draw_staleness_by_age(axis, groups):
-    """Of the logs that have it; solid: rows as stored, dotted: as adapted."""
-    for n, runs in enumerate(groups.values()):
-        rows = torch.tensor([row for log in runs for record in log[-(len(log) // 3):]
-                             for row in record.get("staleness", [])]).view(-1, 3)   # (rows, 3)
-        ages = rows[:, 0].unique().tolist()
-        means = [rows[rows[:, 0] == age].mean(0) for age in ages]                   # each (3,)
-        for k, style in ((1, "-"), (2, ":")):
-            axis.plot(ages, [m[k] for m in means], style, color=f"C{n}")
-    axis.set(title="staleness, last third of the epochs", xlabel="age in steps")
-    axis.grid(alpha=0.3)
-
-
 def curves(args):
     groups = read_runs(args.runs)
     tell(groups)
@@ -153,22 +165,27 @@ def curves(args):
     brief = args.command == "overview"
     panels = [(title, lines) for title, lines in (PANELS[::3] if brief else PANELS)
               if has(groups, lines["-"])]
-    by_age = has(groups, "staleness") and not brief
-    columns = -(-(len(panels) + by_age) // (1 if brief else 2))
-    figure, axes = pyplot().subplots(1 if brief else 2, columns, squeeze=False,
+    columns = len(panels) if brief else 2
+    figure, axes = pyplot().subplots(-(-len(panels) // columns), columns, squeeze=False,
                                      figsize=(10, 4 if brief else 6), layout="constrained")
     for axis, (title, lines) in zip(axes.flat, panels):
         draw_panel(axis, groups, title, lines)
-    if by_age:
-        draw_staleness_by_age(axes.flat[len(panels)], groups)
-    for unused in axes.flat[len(panels) + by_age:]:
+    for unused in axes.flat[len(panels):]:
         unused.remove()
     finish(figure, axes[0, 0], args, dpi=110 if brief else 100)
 
 
 def seconds(runs):
-    """For 1,000 training images, in the fastest epoch of all runs: others may have had company."""
-    return [1000 / max(record["images_per_second"] for log in runs for record in log[1:])]
+    """For 1,000 training images, in the fastest epoch of all runs: others may have had company.
+
+    Of a method with a memory only the epochs after its start count: until then it does the work of
+    `none`, of which all epochs count.
+    """
+    rates = [record["images_per_second"] for log in runs for before, record in zip(log, log[1:])
+             if before.get("memory") or log[0]["settings"]["method"] == "none"]
+    if not rates:
+        raise data.UserError("--time: a run has no epoch after the one in which its memory starts")
+    return [1000 / max(rates)]
 
 
 def against(args):
@@ -223,24 +240,38 @@ def worst_queries(query, gallery, show):
     return sorted(rows, key=lambda row: -row[1])[:show]
 
 
+def class_name(split, i):
+    """The folder that holds the class of image i and nothing else, or else the class's number."""
+    y = split.labels[i]
+    if isinstance(split.images, list):
+        own = (split.labels == y).tolist()
+        folder = os.path.commonpath([os.path.dirname(path)
+                                     for path, mine in zip(split.images, own) if mine])
+        name = os.path.basename(folder)
+        if not any(path.startswith(folder + os.sep)
+                   for path, mine in zip(split.images, own) if not mine):
+            return name if len(name) <= 14 else name[:13] + "…"     # as wide as an image
+    return f"class {y}"
+
+
 def sheet(args):
     model, state = evaluation.rebuild(args.checkpoint)
-    settings = {**state["settings"], "amp": "off", **({"root": args.root} if args.root else {})}
-    splits = data.load_for(settings, settings["allow_partial"])
+    run = {**state["settings"], "amp": "off", "workers": 0, "device": args.device}
+    run = argparse.Namespace(**{**run, "root": args.root or run["root"]})
+    splits = data.load_for(run)
     if data.fingerprint(splits) != state["data"]:
-        raise data.UserError(f"{args.checkpoint}: was made with other data than lie in "
-                             f"{settings['root']}")
-    found = evaluation.embed_test(model.to(args.device), splits, settings, args.device)
+        raise data.UserError(f"{args.checkpoint}: was made with other data than lie in {run.root}")
+    found = evaluation.embed_test(model.to(args.device), splits, run)
     worst, searched = worst_queries(*found, args.show), splits.gallery or splits.query
     figure, axes = pyplot().subplots(len(worst), 9, figsize=(9.9, len(worst) * 1.35 + 0.3),
                                      squeeze=False)
     for axis in axes.flat:
         axis.axis("off")                                # what stays empty
     for row, (q, rank, near, first) in zip(axes, worst):
-        y = int(splits.query.labels[q])
-        tile(row[0], splits.query, q, f"class {y}", None)
+        y = splits.query.labels[q]
+        tile(row[0], splits.query, q, class_name(splits.query, q), None)
         for k, (axis, (g, sim)) in enumerate(zip(row[1:8], near), 1):
-            tile(axis, searched, g, f"#{k}  {sim:.3f}", int(searched.labels[g]) == y)
+            tile(axis, searched, g, f"#{k}  {sim:.3f}", bool(searched.labels[g] == y))
         if rank < float("inf"):
             tile(row[8], searched, first[0], f"#{rank:.0f}  {first[1]:.3f}", True)
     for column, title in ((0, "query"), (4, "nearest images"), (8, "first right one")):
@@ -259,7 +290,8 @@ def tile(axis, split, i, caption, right):
     axis.set(xticks=[], yticks=[])
     mark, colour, style = {True: (" ✓", "#0060c0", "-"), False: (" ✗", "#d04000", "--"),
                            None: ("", "black", "-")}[right]
-    axis.set_xlabel(caption + mark, fontsize=9, color=colour, labelpad=2)
+    axis.set_xlabel(caption + mark, fontsize=9, color=colour, labelpad=2,
+                    parse_math=False)                   # a $ in a folder's name is a $
     for spine in axis.spines.values():
         spine.set(edgecolor=colour, linewidth=1 if right is None else 3, linestyle=style)
 
@@ -348,7 +380,7 @@ def parse_args(argv=None):
     if args.flags and args.command != "idea":
         parser.error(f"unrecognized arguments: {' '.join(args.flags)}")
     if args.command == "sheet":
-        evaluation.usable_device(args.device, parser)
+        data.usable_device(args.device, parser)
     return args
 
 

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Trainings that keep the memory fresh in another way than the paper's.
 
-    python results/variants.py moments MEAN STD --batch-size 16 --out runs/moments
-        The mean and the deviation each follow a rule of their own: a constant gain from 0 to 1;
-        "off", the memory keeps its own; "measured", a Kalman filter that finds its noises in the
-        data; and for the deviation "classes", the batch's, corrected for its few classes.
     python results/variants.py fresh --every 1 --memory-ratio 0.1 --out runs/fresh
         The bound: every so many steps the network embeds all stored images again. That costs a
         memory's forward passes.
@@ -12,9 +8,8 @@
         The memory moves by the drift of images that the network embeds again: those of the batch
         before, or k random ones, which also take their fresh embeddings. --scale no: shifted alone.
 
-All other flags are train.py's. `fresh` and `drift` keep the stored images, augmented as they were,
-on the device and in the checkpoint. Batch norm works on the images that are embedded together, as
-in training.
+All other flags are train.py's. The stored images, augmented as they were, are kept on the device
+and in the checkpoint. Batch norm works on the images that are embedded together, as in training.
 """
 import argparse
 import os
@@ -28,71 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the script
 import acbn  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
-
-
-# ------------------------------------------------- moments
-
-class Moments(acbn.CrossBatchLoss):
-    """An adapting method whose mean and deviation each have a rule of their own."""
-
-    def __init__(self, *args, mean, std, **settings):
-        super().__init__(*args, **settings)
-        self.rules = mean, std
-        self.register_buffer("filters", torch.tensor([[1.0, 0, 0]] * 2))    # (2, 3) p, S, r of each
-
-    def forward(self, embeddings, labels):
-        self.y = labels
-        return super().forward(embeddings, labels)
-
-    @torch.no_grad()
-    def adapt(self, z):
-        (mean, std), noises, corrected = moments_of_classes(z, self.y)
-        measured = mean, corrected if self.rules[1] == "classes" else std   # (D,), (D,)
-        started, target, gains = bool(self.std.any()), [], []
-        own = acbn.moments(self.memory.embeddings)                          # (D,), (D,)
-        for k, (rule, estimate) in enumerate(zip(self.rules, (self.mean, self.std))):
-            if not started:
-                estimate.copy_(measured[k])
-            gain = {"off": 0.0, "classes": 1.0}.get(rule, rule)
-            if rule == "measured":
-                innovation = (measured[k] - estimate).square().mean()       # ()
-                gain = measured_gain(self.filters[k], innovation, noises[k])
-            estimate.lerp_(measured[k], gain)
-            target.append(own[k] if rule == "off" else estimate)
-            gains.append(gain)
-        self.K = gains[0]                                                   # the log's gain
-        self.memory.embeddings.copy_(acbn.match_moments(self.memory.embeddings, *target))
-
-
-def moments_of_classes(z, y):
-    """Of a batch z (B, D) of P classes y (B,) drawn at random: its moments; the variances of their
-    errors as estimates of the data set's; and a deviation without the bias of so few classes.
-
-    The variances are the jackknife's over classes, since images of one class hang together, and
-    averaged over D. Returns ((D,), (D,)), ((), ()), (D,).
-    """
-    classes = y.unique()                                                                # (P,)
-    P = len(classes)
-    without = [acbn.moments(z[y != c]) for c in classes]                        # P x ((D,), (D,))
-    noises = [((P - 1) ** 2 / P * torch.stack(m).var(0)).mean() for m in zip(*without)]
-    centres = torch.stack([z[y == c].mean(0) for c in classes])                         # (P, D)
-    within = torch.stack([z[y == c].var(0, correction=0) for c in classes]).mean(0)     # (D,)
-    return acbn.moments(z), noises, (within + centres.var(0)).sqrt()
-
-
-def measured_gain(state, innovation, r, rate=0.02):
-    """The gain of a Kalman filter whose process noise is matched to its innovations (Mehra 1972).
-
-    S, the running mean of squared innovations, should be p + q + r, so q = max(S - r - p, 0). Then
-    Algorithm 1, lines 1-3. state (3,): p, S and the running mean of r; written.
-    """
-    p, S, noise = state.tolist()
-    started = noise > 0
-    S = S + rate * (float(innovation) - S) if started else float(innovation)
-    noise = noise + rate * (float(r) - noise) if started else float(r)
-    p, K = acbn.kalman_gain(p, max(S - noise - p, 0), noise)
-    state.copy_(torch.tensor([p, S, noise]))
-    return K
 
 
 # ------------------------------------------------- the images of the rows, embedded again
@@ -122,7 +52,7 @@ class WithImages(acbn.CrossBatchLoss):
         buffers, not even to restore them (`train.without_trace`). So it works on copies of them.
         """
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        amp = train.autocast(self.args.device, self.args.amp)
+        amp = data.autocast(self.args.device, self.args.amp)
         with torch.no_grad(), torch.random.fork_rng(), amp:             # fork_rng: for dropout
             z = torch.func.functional_call(self.model, buffers, (self.pixels[slots],))      # (n, D)
         return acbn.normalize(z.float())
@@ -183,18 +113,7 @@ def watched(make_model, args):
 
 # ------------------------------------------------- python results/variants.py
 
-KINDS = {"moments": Moments, "fresh": Fresh, "drift": Drift}
-
-
-def rule(*names):
-    """An argparse type: one of the names, or a gain."""
-    def rule(text):
-        if text in names:
-            return text
-        if not 0 <= float(text) <= 1:
-            raise argparse.ArgumentTypeError(f"must be from 0 to 1 or one of {names}, got {text}")
-        return float(text)
-    return rule
+KINDS = {"fresh": Fresh, "drift": Drift}
 
 
 def parse_args(argv=None):
@@ -203,15 +122,13 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
     add = {kind: kinds.add_parser(kind, allow_abbrev=False).add_argument for kind in KINDS}
-    add["moments"]("mean", type=rule("off", "measured"))
-    add["moments"]("std", type=rule("off", "measured", "classes"))
     add["fresh"]("--every", type=data.number(int, 1), default=1, help="steps (1)")
     add["drift"]("--rows", choices=("batch", "random"), required=True)
     add["drift"]("--k", type=data.number(int, 1), default=16, help="random rows a step (16)")
     add["drift"]("--scale", choices=("yes", "no"), required=True)
     given, flags = parser.parse_known_args(argv)
     args = train.parse_args([*flags, "--method", "xbn"])
-    if given.kind != "moments" and (args.fill_memory or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+    if args.fill_memory or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error(f"{given.kind} knows the images of its own steps alone: it takes one process, "
                      "and no --fill-memory")
     args.variant = vars(given)          # in the log; a run is not resumed as another variant

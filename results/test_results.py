@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: MIT
+"""The scripts of results/: python -m pytest -q results/test_results.py"""
+import argparse
+import json
+import math
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the scripts are one folder up
+import acbn  # noqa: E402
+import bench  # noqa: E402
+import data  # noqa: E402
+import draw  # noqa: E402
+import eval as evaluation  # noqa: E402
+import train  # noqa: E402
+import variants  # noqa: E402
+from acbn import CrossBatchLoss, CrossBatchMemory  # noqa: E402
+from test_acbn import (HERE, PARSERS, TINY, accept_commands, readme_block, rows,  # noqa: E402
+                       same, tiny)
+
+SCRIPTS = {"bench": bench, "draw": draw, "variants": variants}
+
+
+# ------------------------------------------------- all of them
+
+@pytest.mark.parametrize("path", ["README.md", "results/README.md"])
+def test_commands_of_the_readmes_are_accepted_by_the_scripts(path):
+    parsers = {f"results/{name}.py": script.parse_args for name, script in SCRIPTS.items()}
+    seen = accept_commands(path, {**PARSERS, **parsers})
+    assert path == "README.md" or parsers.keys() <= seen
+
+
+@pytest.mark.parametrize("name, script", SCRIPTS.items())
+def test_commands_of_a_docstring_are_accepted_by_its_parser(name, script):
+    lines = [line.split("   ")[0] for line in map(str.strip, script.__doc__.splitlines())]
+    commands = [line for line in lines if line.startswith(f"python results/{name}.py")]
+    assert commands
+    for command in commands:
+        script.parse_args(shlex.split(command)[2:])
+
+
+def test_mistakes_end_with_one_sentence(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="draw.py: .*(No such file|matplotlib)"):
+        draw.main(["curves", str(tmp_path / "no")])
+    for module, name in ((acbn, "CrossBatchLoss"), (train, "make_model")):
+        monkeypatch.setattr(module, name, getattr(module, name))        # put back afterwards
+    with pytest.raises(SystemExit, match="variants.py: .*not in"):
+        variants.main(["fresh", "--root", str(tmp_path), "--dataset", "sop", "--weights", "none",
+                       "--device", "cpu"])
+
+
+# ------------------------------------------------- the same training with another library
+
+def losses_of_a_training(criterion, steps=200):
+    """The losses (steps,) of a small training in float64, always with the same weights and batches.
+
+    Noise keeps it hard: for a batch with a single mined pair of each kind the other library's loss
+    is 0.
+    """
+    split, g = data.synthetic(classes=40, max_images=6).train, torch.Generator().manual_seed(0)
+    images = data.Images(split, 8, "none")
+    x = torch.stack([images[i][0] for i in range(len(images))]).double() / 255      # (N, 3, 8, 8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(192, 96), nn.BatchNorm1d(96), nn.ReLU(),
+                            nn.Linear(96, 32)).double()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    sampler, losses = data.ClassBalancedSampler(split.labels, 32), []
+    while len(losses) < steps:
+        sampler.set_epoch(len(losses))
+        for batch in sampler:
+            noise = torch.randn(len(batch), 3, 8, 8, generator=g, dtype=x.dtype)    # (B, 3, 8, 8)
+            loss = criterion(net(x[batch] + 0.2 * noise), split.labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return torch.tensor(losses[:steps], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("loss", ["ms", "supcon"])
+@pytest.mark.parametrize("method", ["none", "xbm"])
+def test_training_equals_pytorch_metric_learning_step_by_step(method, loss):
+    pytest.importorskip("pytorch_metric_learning")
+    from pytorch_metric_learning import losses, miners
+    ours, theirs, miner = {
+        "ms": (acbn.multi_similarity_loss, losses.MultiSimilarityLoss(2, 50, 0.5),
+               miners.MultiSimilarityMiner(0.1)),
+        "supcon": (acbn.mined_supcon_loss, losses.SupConLoss(0.1),
+                   miners.PairMarginMiner(0.2, 0.8))}[loss]
+    peer = {"none": lambda z, y: theirs(z, y, miner(z, y)),
+            "xbm": losses.CrossBatchMemory(theirs, 32, memory_size=100, miner=miner)}[method]
+    a = losses_of_a_training(CrossBatchLoss(32, 100, method, ours).double())
+    b = losses_of_a_training(peer)
+    assert (a - b).abs().max() < 1e-12 and a[-20:].mean() < 0.9 * a[:20].mean()
+
+
+# ------------------------------------------------- results/bench.py
+
+@pytest.mark.parametrize("name, lines", [("loader", 5), ("gpu", len(bench.JOBS) + 2)])
+def test_bench_of_steps_and_loaders_runs_small_on_a_cpu(name, lines, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    bench.main([name, "--small"])
+    told = re.findall(r"^\| .* \| (\d\S*) \|.* (\d\S*) \|$|^\| \d \| (\S+) \|$",
+                      capsys.readouterr().out, re.M)
+    figures = [float(figure) for line in told for figure in line if figure]
+    assert len(told) == lines and all(0 < figure < math.inf for figure in figures)
+    if name == "gpu":
+        with pytest.raises(SystemExit, match="bench.py: gpu: there is no CUDA device here"):
+            bench.main(["gpu"])
+
+
+def test_bench_takes_steps_beside_a_full_memory():
+    criterion, step = bench.plain_step(bench.Job(rows=4000).small(), "cpu")
+    full = criterion.memory.embeddings.clone()
+    step(torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) // 4)
+    assert len(full) == len(criterion.memory) == 40
+    assert not torch.isclose(full, criterion.memory.embeddings).all(1).any()    # all adapted
+
+
+# ------------------------------------------------- results/draw.py
+
+def keep_log(path, seed=0, last=2, recall=0.5, speeds=(9, 9, 9, 9), memory=(0, 0, 0, 0),
+             **settings):
+    """A log as results/ keeps them."""
+    records = [{"epoch": e, "recall@1": recall, "map@r": 0.2, "images_per_second": speeds[e],
+                "memory": memory[e]} for e in range(last + 1)]
+    records[0]["settings"] = {"method": "xbn", "lr": 0.1, **settings, "seed": seed}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize("other, message", [
+    ({"lr": 0.2}, "lr is 0.1 and 0.2"), ({"bn": "frozen"}, "bn is None and frozen"),
+    ({"seed": 0}, "seed is 0 in both"), ({"last": 3}, "last epoch is 2 and 3")])
+def test_draw_refuses_to_average_what_differs_by_more_than_the_seed(other, message, tmp_path):
+    a, c = keep_log(tmp_path / "a-s0.jsonl"), keep_log(tmp_path / "a-s2.jsonl", seed=2)
+    b = keep_log(tmp_path / "a-s1.jsonl", **{"seed": 1, **other})
+    with pytest.raises(data.UserError) as caught:
+        draw.read_runs([a, c, b])
+    assert str(caught.value) == f"{a} and {b} cannot be averaged: {message}"
+
+
+def test_draw_tells_means_and_differences_to_none_seed_by_seed(tmp_path, capsys):
+    recalls = {"none": (0.3, 0.5), "xbn": (0.32, 0.53), "late": (0.4, 0.4), "half": (0.4,)}
+    logs = [keep_log(tmp_path / f"{name}-s{seed}.jsonl", seed=seed + 2 * (name == "half"),
+                     recall=recall, method="none" if name == "none" else "xbn",
+                     lr=0.2 if name == "late" else 0.1)
+            for name, several in recalls.items() for seed, recall in enumerate(several)]
+    draw.tell(draw.read_runs(logs))
+    assert capsys.readouterr().out.splitlines() == [
+        "none  runs 2  recall@1 40.00 ± 14.14  map@r 20.00 ± 0.00",
+        "xbn  runs 2  recall@1 42.50 ± 14.85  minus none +2.50 ± 0.71  map@r 20.00 ± 0.00  "
+        "minus none +0.00 ± 0.00",
+        "late  runs 2  recall@1 40.00 ± 0.00  map@r 20.00 ± 0.00",      # its rate is another
+        "half  runs 1  recall@1 40.00  map@r 20.00"]                    # its seed is another
+    (tmp_path / "c.jsonl").write_text(json.dumps({"epoch": 0, "recall@1": 0.5}) + "\n")
+    with pytest.raises(data.UserError, match="c.jsonl: not the log of a run"):
+        draw.read_runs([tmp_path / "c.jsonl"])
+
+
+def test_draw_takes_the_time_after_the_start_of_the_memory(tmp_path):
+    def seconds(**log):
+        return draw.seconds(*draw.read_runs([keep_log(tmp_path / "a.jsonl", last=3,
+                                                      speeds=(None, 50, 40, 25), **log)]).values())
+    assert seconds(memory=(0, 0, 5, 9)) == [1000 / 25]      # it starts within the second epoch
+    assert seconds(method="none") == [1000 / 50]
+    with pytest.raises(data.UserError, match="no epoch after"):
+        seconds(memory=(0, 0, 0, 9))
+
+
+def test_draw_tells_whether_the_order_of_the_means_changes():
+    def group(*curves):
+        return [[{"recall@1": v} for v in curve] for curve in curves]
+    flat = group([0, 0.5, 0.5, 0.5, 0.4, 0.4, 0.4])
+    rising = group([0, 0.1, 0.1, 0.2, 0.3, 0.5, 0.6])
+    late = group([0, 0.1, 0.3, 0.4, 0.4, 0.45, 0.5], [0, 0.3, 0.5, 0.6, 0.5, 0.45, 0.5])
+    tell = draw.order_of_means
+    told = tell({"flat": flat, "late": late})
+    assert told == "order of the means of Recall@1 over epochs 4 to 6: does not change"
+    told = tell({"flat": flat, "late": late, "rising": rising})
+    assert told.endswith("changes between flat and rising, late and rising")
+
+
+def test_draw_shows_the_worst_queries_first_with_their_neighbours():
+    y = torch.arange(5).repeat_interleave(3)
+    z = F.one_hot(y, 5).float()
+    z[3] = -z[3]                            # the fourth query is nearest to nothing of its class
+    (q, rank, near, first), second = draw.worst_queries((z, y), (None, None), 2)
+    assert q == 3 and rank == 13 and len(near) == 7 and first == (4, -1.0) and 3 not in dict(near)
+    assert near[0][1] == 0.0 and second[0] == 0 and second[1] == 1
+
+
+def test_draw_names_a_class_by_its_folder_where_that_holds_it_alone():
+    split = data.make_split([("d/cup/1.jpg", 3), ("d/cup/side/2.jpg", 3), ("d/cup_b/1.jpg", 4),
+                             ("d/a cup with a saucer/1.jpg", 5), ("d/all/1.jpg", 6),
+                             ("d/all/2.jpg", 7)])
+    assert [draw.class_name(split, i) for i in range(6)] == [
+        "cup", "cup", "cup_b", "a cup with a …", "class 6", "class 7"]
+    drawn = data.synthetic(classes=2).query
+    assert draw.class_name(drawn, 0) == f"class {drawn.labels[0]}"
+
+
+def test_draw_makes_every_picture_from_new_runs_and_from_kept_logs(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "p.png"
+    for seed in (0, 1):
+        tiny(tmp_path / f"a-s{seed}", "--seed", str(seed))
+    runs = [str(tmp_path / "a-s0"), str(tmp_path / "a-s1")]
+    old = [str(path) for path in sorted((HERE / "results/logs/default").glob("*.jsonl"))]
+    for command in (["curves", *runs], ["curves", *old, *runs], ["overview", *runs],
+                    ["against", "batch_size", "--runs", *runs, "--time"],
+                    ["sheet", str(tmp_path / "a-s0" / "best.pt"), "--show", "2", "--device", "cpu"],
+                    ["idea", "--steps", "6", "--rows", "32", *TINY]):
+        draw.main([*command, "--out", str(out)])
+        assert Image.open(out).size[0] >= 500
+        out.unlink()
+    for command, message in (
+            (["idea", "--rows", "8", *TINY], "--rows 8 is less than --batch-size 16"),
+            (["against", "colour", "--runs", *runs], "the runs have no such setting")):
+        with pytest.raises(SystemExit, match=message):
+            draw.main([*command, "--out", str(out)])
+
+
+# ------------------------------------------------- results/variants.py
+
+@pytest.mark.parametrize("words, world", [("fresh --fill-memory", "1"),
+                                          ("drift --rows batch --scale no", "2")])
+def test_variants_refuse_images_that_they_have_not_seen(words, world, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(SystemExit):
+        variants.parse_args(words.split())
+    assert "it takes one process, and no --fill-memory" in capsys.readouterr().err
+
+
+@pytest.fixture
+def with_images(monkeypatch):
+    """(make, step): makes a criterion of variants.py, and takes a step of its network."""
+    g = torch.Generator().manual_seed(0)
+    args = argparse.Namespace(image_size=16, device="cpu", amp="off", seed=3)
+    monkeypatch.setattr(variants.WithImages, "args", args)
+    monkeypatch.setattr(variants.WithImages, "model", None)
+    net = evaluation.Encoder("conv4", 5)
+    net.head = nn.Sequential(nn.Dropout(0.2), net.head)
+    variants.watched(lambda args: net, args)
+
+    def make(kind, **options):
+        return getattr(variants, kind)(5, 20, "xbn", **options)
+
+    def step(criterion, rate=0.02):
+        x = torch.randint(256, (8, 3, 16, 16), generator=g, dtype=torch.uint8)
+        criterion(net(x), torch.arange(8) // 4)
+        with torch.no_grad():
+            for p in net.parameters():
+                p += rate * torch.randn(p.shape, generator=g) * p.abs().mean()
+    return make, step
+
+
+@pytest.mark.parametrize("rows", ["batch", "random"])
+@pytest.mark.parametrize("scale", ["yes", "no"])
+def test_drift_moves_the_rows_as_a_float64_twin_says(rows, scale, with_images, monkeypatch):
+    make, step = with_images
+    criterion = make("Drift", rows=rows, k=6, scale=scale)
+    embed, embedded, chosen = criterion.embed, [], set()
+
+    def watch(slots):
+        embedded.append((slots.tolist(), embed(slots).double().numpy()))
+        return torch.from_numpy(embedded[-1][1]).float()
+    monkeypatch.setattr(criterion, "embed", watch)
+    step(criterion)                                             # there is nothing to move yet
+    for _ in range(5):
+        memory, written = criterion.memory.embeddings.double().numpy(), criterion.memory.written
+        step(criterion)
+        slots, now = embedded.pop()
+        chosen.add(tuple(slots))
+        assert rows == "random" or slots == [i % 20 for i in range(written - 8, written)]
+        assert len(set(slots)) == len(slots) == (6 if rows == "random" else 8)
+        old = memory[slots]
+        A = now.std(0, ddof=1) / old.std(0, ddof=1) if scale == "yes" else 1
+        expected = A * (memory - old.mean(0)) + now.mean(0)
+        if rows == "random":
+            expected[slots] = now
+        kept = sorted(set(range(len(memory))) - {i % 20 for i in range(written, written + 8)})
+        found = criterion.memory.embeddings.numpy()
+        np.testing.assert_allclose(found[kept], expected[kept], atol=1e-5)
+    assert isinstance(criterion.K, float) and not embedded and len(chosen) == 5
+
+
+@pytest.mark.parametrize("kind, options", [("Fresh", {"every": 1}),
+                                           ("Drift", {"rows": "batch", "k": 4, "scale": "yes"}),
+                                           ("Drift", {"rows": "random", "k": 4, "scale": "no"})])
+def test_embedding_again_leaves_batch_norm_and_random_numbers_alone(kind, options, with_images):
+    make, step = with_images
+    criterion = make(kind, **options)
+    step(criterion)
+    z, before = torch.randn(8, 5), [b.clone() for b in criterion.model.buffers()]
+    state, stored = torch.get_rng_state(), criterion.memory.embeddings.clone()
+    criterion.adapt(acbn.normalize(z))
+    assert all(map(torch.equal, before, criterion.model.buffers())) and criterion.model.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(stored, criterion.memory.embeddings)         # something was embedded
+
+
+def test_images_stand_beside_their_rows(with_images):
+    make, step = with_images
+    criterion = make("Fresh", every=100)
+    criterion.model.eval()
+    for _ in range(4):                  # more rows than the memory has
+        step(criterion, rate=0)
+    torch.testing.assert_close(criterion.embed(torch.arange(20)), criterion.memory.embeddings)
+
+
+def test_fresh_memory_holds_what_the_present_network_makes_of_its_images(with_images):
+    make, step = with_images
+    criterion = make("Fresh", every=2)
+    criterion.model.eval()              # no dropout, and batch norm does not see the batch
+    for k in range(7):
+        stored, n = criterion.memory.embeddings.clone(), len(criterion.memory)
+        with torch.no_grad():
+            fresh = acbn.normalize(criterion.model(criterion.pixels[:n])) if n else stored
+        criterion.move(8)
+        torch.testing.assert_close(criterion.memory.embeddings, stored if k % 2 else fresh,
+                                   rtol=0, atol=1e-5)
+        step(criterion)
+    assert not torch.allclose(stored, fresh, atol=1e-3)
+
+
+@pytest.mark.parametrize("words", ["fresh", "drift --rows random --k 4 --scale yes"])
+def test_variants_resume_with_the_images_of_their_rows(words, tmp_path, monkeypatch):
+    def run(out, *flags):
+        with monkeypatch.context() as patch:                            # main puts its own there
+            patch.setattr(acbn, "CrossBatchLoss", CrossBatchLoss)
+            patch.setattr(train, "make_model", train.make_model)
+            variants.main([*words.split(), *TINY, "--memory-ratio", "3", *flags,
+                           "--out", str(tmp_path / out)])
+    run("whole")
+    run("cut", "--epochs", "1")
+    run("cut")
+    a, b = (evaluation.load_file(tmp_path / out / "checkpoint.pt") for out in ("whole", "cut"))
+    assert same(a["model"], b["model"]) and same(a["criterion"], b["criterion"])
+    assert (a["criterion"]["pixels"].any()
+            and a["records"][0]["settings"]["variant"]["kind"] in words)
+    words = "fresh --every 2"
+    with pytest.raises(SystemExit, match="was made with --variant .*, now it is .*'every': 2"):
+        run("cut")
+
+
+def test_readme_memory_that_follows_the_batch_before_moves_as_the_variant_that_was_measured():
+    scope, memory = {}, CrossBatchMemory(8, 24)
+    exec(readme_block("def loss_of") + readme_block("def follow"), scope)
+    for k in range(4):
+        z = rows(12, 8, seed=k, dtype=torch.float32)
+        z[:, 3 + k] = 0.1                           # a dimension that is constant in one batch
+        if k:
+            before = memory.embeddings[own]
+            moved = variants.moved(memory.embeddings, before, z, scale=True)
+            scope["follow"](memory, own, z)
+            torch.testing.assert_close(memory.embeddings, moved)
+        own = memory.enqueue(z, torch.arange(12))
