@@ -189,13 +189,19 @@ def contrastive_loss(sim, positive, negative, margin=0.5):
 
 # ------------------------------------------------- the memory, and the loss against it
 
-def check_batch(z, y, dim):
-    """Raises ValueError unless z is (B, dim) and y (B,) integers, with at least one row."""
-    if z.ndim != 2 or z.shape[1] != dim or y.shape != z.shape[:1] or len(z) == 0:
-        raise ValueError(f"expected embeddings (B, {dim}) and labels (B,) with B at least 1, "
-                         f"got {tuple(z.shape)} and {tuple(y.shape)}")
-    if y.is_floating_point():
-        raise ValueError(f"labels must be integers, got {y.dtype}")
+def check_batch(z, y, buffer):
+    """Raises ValueError unless z is (B, dim) and y (B,) integers, with at least one row, both on
+    the device of the buffer (..., dim), which is in float32 at least.
+    """
+    if not isinstance(y, torch.Tensor) or y.is_floating_point():
+        raise ValueError(f"labels must be a tensor of integers, got {getattr(y, 'dtype', type(y))}")
+    if z.ndim != 2 or z.shape[1] != buffer.shape[-1] or y.shape != z.shape[:1] or len(z) == 0:
+        raise ValueError(f"expected embeddings (B, {buffer.shape[-1]}) and labels (B,) with B at "
+                         f"least 1, got {tuple(z.shape)} and {tuple(y.shape)}")
+    if not z.device == y.device == buffer.device or buffer.dtype.itemsize < 4:
+        raise ValueError(f"embeddings are on {z.device}, labels on {y.device}, the memory is on "
+                         f"{buffer.device} in {buffer.dtype}; move it with criterion.to(device), "
+                         "and keep it in float32")
 
 
 class CrossBatchMemory(torch.nn.Module):
@@ -207,8 +213,8 @@ class CrossBatchMemory(torch.nn.Module):
 
     def __init__(self, dim, size):
         super().__init__()
-        if dim < 1 or size < 1:
-            raise ValueError(f"dim and size must be at least 1, got dim={dim}, size={size}")
+        if dim < 1 or size < 1 or isinstance(size, float):
+            raise ValueError(f"dim and size must be integers from 1 on, got dim={dim}, size={size}")
         self.size, self.written = size, 0
         self.register_buffer("all_embeddings", torch.zeros(size, dim))                      # (M, D)
         self.register_buffer("all_labels", torch.zeros(size, dtype=torch.int64))            # (M,)
@@ -224,7 +230,7 @@ class CrossBatchMemory(torch.nn.Module):
         """Write z (B, D), y (B,) over the oldest rows. Returns the slots (m,) of the last m rows;
         m is B, or M if the batch is larger than the memory.
         """
-        check_batch(z, y, self.all_embeddings.shape[1])
+        check_batch(z, y, self.all_embeddings)
         m = min(len(z), self.size)
         self.written += len(z)
         slots = torch.arange(self.written - m, self.written, device=z.device) % self.size   # (m,)
@@ -292,7 +298,7 @@ class CrossBatchLoss(torch.nn.Module):
     @torch.compiler.disable     # the counts change with every call: it would be compiled anew
     def forward(self, embeddings, labels):
         """Embeddings (B, D), normalised or not, and integer labels (B,) -> the loss, a scalar."""
-        check_batch(embeddings, labels, len(self.mean))
+        check_batch(embeddings, labels, self.mean)
         with torch.autocast(embeddings.device.type, enabled=False):     # in full precision
             z, y = normalize(embeddings).to(self.mean.dtype), labels.long()         # (B, D), (B,)
             # A zero that depends on z: backward works even without any pair, and a NaN in z reaches

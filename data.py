@@ -14,6 +14,8 @@ import json
 import math
 import os
 import sys
+import unicodedata
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -37,6 +39,12 @@ class UserError(Exception):
     """A user's mistake, or data that cannot be used; the message names the file or the flag."""
 
 
+def tolerate_terminal():
+    """A terminal that lacks a sign is no error, nor is output that goes to none (Jupyter, >&-)."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def sentence(error):
     """The message of an error, also of one that a loader's worker has wrapped in its traceback."""
     return str(error).split("UserError: ")[-1].strip()
@@ -54,12 +62,18 @@ def number(kind, low, above=False, below=math.inf):
     return number
 
 
+def file_path(text):
+    """An argparse type: a path. Its ~ is the home folder also where no shell says so (--x=~/y)."""
+    return Path(text).expanduser()
+
+
 def add_flags(add):
     """The flags that say which data, for every script; returns their names."""
     return [flag.dest for flag in (
         add("--dataset", choices=DATASETS, default="synthetic",
             help="its preset sets train.py's 'preset' flags (synthetic)"),
-        add("--root", default="data", help="the folder with the unpacked archive (data)"),
+        add("--root", type=os.path.expanduser, default="data",
+            help="the folder with the unpacked archive (data)"),
         add("--allow-partial", action="store_true",
             help="only warn where counts differ from the official"),
         add("--test-list", choices=("small", "medium", "large"), default="small",
@@ -75,7 +89,7 @@ def add_flags(add):
 def usable_device(name, parser):
     """Exits with one sentence where a device cannot be used."""
     try:
-        torch.empty(1, device=name)
+        (torch.ones(1, device=name) + 1).item()         # runs, not only exists
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {name} cannot be used ({str(error).splitlines()[0]}); "
                      "--device cpu can")
@@ -155,7 +169,10 @@ def sop(root):
 
 
 def vehicleid(root, test_list="small"):
-    """PKU VehicleID; the small, medium or large test list is searched among itself."""
+    """PKU VehicleID; the small, medium or large test list is searched among itself, each image
+    for all others, as metric-learning papers do. (The official protocol draws a gallery of one
+    image a vehicle, ten times, and scores lower.)
+    """
     splits, size = [], {"small": 800, "medium": 1600, "large": 2400}[test_list]
     for name in ("train_list.txt", f"test_list_{size}.txt"):
         path = find(root, "vehicleid", *(f"{top}train_test_split/{name}"
@@ -229,6 +246,12 @@ def read_folder(root):
         inside = Path(path).relative_to(root).parts
         hidden = any(part.startswith((".", "__MACOSX")) for part in inside)
         return path.lower().endswith(IMG_EXTENSIONS) and not hidden
+    others = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    left_out = Counter(path.suffix.lower() for path in Path(root).rglob("[!.]*.*")
+                       if path.suffix.lower() in others.difference(IMG_EXTENSIONS))
+    if left_out:
+        print(f"note: {root}: files that torchvision's list of pictures lacks are left out: "
+              + ", ".join(f"{n} {end}" for end, n in left_out.items()), file=sys.stderr)
     try:
         found = ImageFolder(root, is_valid_file=visible, allow_empty=True)
     except FileNotFoundError as error:              # no such folder, or no folder in it
@@ -378,13 +401,13 @@ def names(splits):
     if not isinstance(splits.train.images, list):
         return {name: [f"drawn/{k}" for k in range(len(images))] for name, images in found.items()}
     base = os.path.commonpath(os.path.dirname(path) for images in found.values() for path in images)
-    return {name: [os.path.relpath(path, base) for path in images]
+    return {name: [os.path.relpath(path, base).replace(os.sep, "/") for path in images]
             for name, images in found.items()}
 
 
 def fingerprint(splits):
-    """A hash of the images' relative names, labels and boxes."""
-    content = [repr(names(splits)).encode()]
+    """A hash of the images' relative names, labels and boxes, the same on every system."""
+    content = [unicodedata.normalize("NFC", repr(names(splits))).encode()]
     for part in filter(None, splits):
         content += [array.numpy().tobytes() for array in part[1:] if array is not None]
     return hashlib.sha256(b"".join(content)).hexdigest()[:16]
@@ -765,5 +788,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")   # a terminal that lacks a sign is no error
+    tolerate_terminal()
     main()

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ import data
 from acbn import normalize
 from data import autocast, gather_object, rank_and_world
 
-FORMAT = 4              # of train.py's checkpoints
+FORMAT = 5              # of train.py's checkpoints
 
 
 # ------------------------------------------------- Recall@K and MAP@R
@@ -104,6 +105,10 @@ def conv4(batch_norm=True, widths=(48, 96, 192, 256)):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+class Removed(nn.Identity):
+    """Stands where `torchvision_backbone` took a layer away."""
+
+
 def torchvision_backbone(name):
     """(torchvision's network without its classifier's last layer, width of its features).
 
@@ -118,7 +123,7 @@ def torchvision_backbone(name):
     width = getattr(classifier, last).in_features
     for layer, module in list(classifier.named_children()):
         if layer == last or isinstance(module, nn.Dropout):
-            setattr(classifier, layer, nn.Identity())
+            setattr(classifier, layer, Removed())
     return backbone, width
 
 
@@ -127,9 +132,11 @@ def own_backbone(name, size):
     module, _, function = name.partition(":")
     sys.path.append(os.getcwd())
     try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        make = getattr(importlib.import_module(module), function, None)
+    except ModuleNotFoundError as error:
         raise data.UserError(f"--backbone {name}: {error}") from None
+    if make is None:
+        raise data.UserError(f"--backbone {name}: module '{module}' has no attribute '{function}'")
     backbone = make()
     with torch.no_grad():
         features = backbone.eval()(torch.zeros(2, 3, size, size))
@@ -155,9 +162,10 @@ def kept_buffers(model):
 class Encoder(nn.Module):
     """Images (B, 3, S, S) uint8 -> embeddings (B, D), not normalised: backbone and linear `head`.
 
-    frozen_bn: batch norm keeps its stored statistics while the network trains. chunk: the
-    activations of at most so many images are kept; the others are computed anew on the way back
-    (GradCache, arXiv 2101.06983). 0: all are kept.
+    dim: D, or 0: no head, the backbone's features are the embedding. frozen_bn: batch norm keeps
+    its stored statistics while the network trains. chunk: the activations of at most so many images
+    are kept; the others are computed anew on the way back (GradCache, arXiv 2101.06983). 0: all are
+    kept.
     """
 
     def __init__(self, backbone, dim, frozen_bn=False, chunk=0, image_size=224):
@@ -168,7 +176,8 @@ class Encoder(nn.Module):
             self.backbone, width = own_backbone(backbone, image_size)
         else:
             self.backbone, width = torchvision_backbone(backbone)
-        self.head, self.frozen_bn, self.chunk = nn.Linear(width, dim), frozen_bn, chunk
+        self.dim, self.frozen_bn, self.chunk = dim or width, frozen_bn, chunk
+        self.head = nn.Linear(width, dim) if dim else nn.Identity()
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         self.register_buffer("mean", 255 * mean[:, None, None], persistent=False)
         self.register_buffer("std", 255 * std[:, None, None], persistent=False)
@@ -186,8 +195,11 @@ class Encoder(nn.Module):
             return self.backbone((x - self.mean) / self.std)
         # Each part comes back here, as one part; and once more on the way back, with the same
         # random numbers. Batch norm's statistics, which are a part's, move the first time only.
-        return torch.cat([checkpoint(self.features, part, use_reentrant=False, context_fn=lambda: (
-            nullcontext(), kept_buffers(self))) for part in parts])
+        moving = any(m.training and m._buffers for m in self.backbone.modules())
+        again = partial(kept_buffers, self) if moving else nullcontext
+        return torch.cat([checkpoint(self.features, part, use_reentrant=False,
+                                     context_fn=lambda: (nullcontext(), again()))
+                          for part in parts])
 
     def forward(self, x):
         return self.head(self.features(x))
@@ -214,7 +226,10 @@ def load_weights(encoder, backbone, weights):
             state = state[name] if isinstance(state, dict) and name in state else state
         if not isinstance(state, dict):
             raise data.UserError(f"{weights}: not a state_dict but a {type(state).__name__}")
-    encoder.backbone.load_state_dict(for_network(state, encoder.backbone))
+    try:
+        encoder.backbone.load_state_dict(for_network(state, encoder.backbone))
+    except RuntimeError as error:
+        raise data.UserError(f"--weights {weights}, --backbone {backbone}: {error}") from None
 
 
 def for_network(state, network):
@@ -227,7 +242,7 @@ def for_network(state, network):
     prefix = re.compile(r"^((module|backbone|model|_orig_mod)\.)+")
     state = {name if name in own else prefix.sub("", name): v for name, v in state.items()}
     gone = tuple(f"{name}." for name, layer in network.named_modules()
-                 if isinstance(layer, nn.Identity))
+                 if isinstance(layer, Removed))
     return {name: v for name, v in state.items() if name in own or not name.startswith(gone)}
 
 
@@ -267,6 +282,8 @@ def embed(model, images, amp="off", device="cpu", workers=0):
     """
     was_training, (rank, world) = model.training, rank_and_world()
     model.eval()
+    if amp == "fp16" and torch.device(device).type == "cpu":
+        amp = "off"                     # a CPU takes 26 times as long in fp16
     batches = torch.arange(len(images)).split(64)        # larger ones are slower on a CPU
     mine = batches[rank * len(batches) // world:(rank + 1) * len(batches) // world]
     loader = data.loader(images, workers, batch_sampler=[batch.tolist() for batch in mine])
@@ -298,7 +315,7 @@ def save_embeddings(path, splits, query, gallery, ks):
 
 
 def read_embeddings(path):
-    """([(z, y) of the queries, (z, y) of the gallery or (None, None)], the K or None) of a file."""
+    """([(z, y) of the queries, (z, y) of the gallery or (None, None)], the K or []) of a file."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if not name.endswith("_names")}
@@ -312,10 +329,14 @@ def read_embeddings(path):
             found[k] = torch.from_numpy(z.astype(np.float32)), torch.from_numpy(y.astype(np.int64))
             if z.shape[1] != found[0][0].shape[1] or len(z) == 0:
                 raise ValueError(f"{name} is empty, or its width is not that of query")
-        ks = arrays.pop("ks", None)
+        ks = arrays.pop("ks", np.array([]))
+        if ks.ndim != 1 or any(k != int(k) or k < 1 for k in ks.tolist()):
+            raise ValueError(f"ks must be a list of whole numbers from 1 on, found {ks}")
         if arrays:
             raise ValueError(f"unknown arrays {', '.join(arrays)}")
-        return found, None if ks is None else ks.tolist()
+        return found, [int(k) for k in ks.tolist()]
+    except KeyError as error:
+        raise data.UserError(f"{path}: there is no array {error}") from None
     except Exception as error:          # torn or foreign bytes, or arrays of other names
         raise data.UserError(f"{path}: cannot be read as embeddings ({error})") from None
 
@@ -326,12 +347,14 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Scores of a checkpoint, by "
                                      "default on the data that it was trained for.")
     add = parser.add_argument
-    add("file", type=Path, help="checkpoint.pt or best.pt of a run, or embeddings in an .npz file")
+    add("file", type=data.file_path,
+        help="checkpoint.pt or best.pt of a run, or embeddings in an .npz file")
     parser.set_defaults(**dict.fromkeys(data.add_flags(add)))   # None: as in training
     add("--workers", type=data.number(int, 0),
         help="processes that read images (GPU: one a core, up to 16; CPU: 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--save", type=Path, metavar="FILE.npz", help="write embeddings, labels and names there")
+    add("--save", type=data.file_path, metavar="FILE.npz",
+        help="write embeddings, labels and names there")
     args = parser.parse_args(argv)
     data.usable_device(args.device, parser)
     if args.workers is None:
@@ -386,5 +409,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")   # a terminal that lacks a sign is no error
+    data.tolerate_terminal()
     main()

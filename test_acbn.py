@@ -2033,7 +2033,7 @@ def test_eq5_drift_is_the_distance_that_a_step_moves_its_batch():
     model, x = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 5)), rows(8, 12)
     model, x = model.double(), x.view(8, 3, 2, 2)
     measured = train.Measured(1, 1, argparse.Namespace(device="cpu", amp="off"))
-    state, z = train.random_state(), model(x)
+    state, z = train.random_state("cpu"), model(x)
     with torch.no_grad():
         model[2].weight += 0.1
     measured.drift(model, x, z, state)

@@ -12,6 +12,7 @@ LOSSES, another optimiser a line of `train`, another measurement a method of `Me
 """
 import argparse
 import copy
+import errno
 import json
 import math
 import os
@@ -25,6 +26,8 @@ from statistics import fmean
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 import acbn
@@ -37,17 +40,17 @@ from eval import (FORMAT, Encoder, embed_test, kept_buffers, load_checkpoint, lo
 
 PAPER = dict(
     loss="supcon", backbone="resnet50", weights="imagenet", augment="paper", image_size=224,
-    dim=512, batch_size=64, epochs=50, head_epochs=2,
+    dim=512, bn="train", batch_size=64, epochs=50, head_epochs=2,
     lr=1e-4, lr_drops=[15, 30, 45], lr_decay=0.33, weight_decay=0.01,
     memory_ratio=0.5, warmup_steps=0, gain_interval=100)        # Sec. 5.1
 SMALL = dict(
     loss="ms", backbone="conv4", weights="none", augment="light", image_size=32,
-    dim=128, batch_size=16, epochs=7, head_epochs=0,
+    dim=128, bn="train", batch_size=16, epochs=7, head_epochs=0,
     lr=3e-4, lr_drops=[4, 6], lr_decay=0.33, weight_decay=0.01,
     memory_ratio=0.5, warmup_steps=1000, gain_interval=100)     # from scratch, hence the warm-up
 PRESETS = {"synthetic": SMALL,                                  # the other data sets: PAPER
-           "df2": {**PAPER, "memory_ratio": 1.0, "gain_interval": 10}}
-
+           "df2": {**PAPER, "memory_ratio": 1.0, "gain_interval": 10},
+           "folder": {**PAPER, "bn": "frozen", "warmup_steps": None}}   # None: half of the epochs
 
 LOSSES = {      # name: (the loss, a function or a module; the mining whose pairs the log counts)
     "ms": (acbn.multi_similarity_loss, acbn.multi_similarity_pairs),
@@ -55,7 +58,9 @@ LOSSES = {      # name: (the loss, a function or a module; the mining whose pair
     "contrastive": (acbn.contrastive_loss,
                     lambda sim, positive, negative: (positive, negative & (sim > 0.5))),
 }
-MAY_CHANGE = {"epochs", "workers", "device", "out", "root", "allow_partial"}    # on resuming
+MAY_CHANGE = {"epochs", "workers", "device", "out", "root", "allow_partial",    # on resuming
+              "warmup_epochs"}                          # which has become warmup_steps by then
+COLLAPSED = 0.29    # of the 400 runs in results/logs, those with a lower spread had collapsed
 
 
 def parse_args(argv=None):
@@ -73,13 +78,16 @@ def parse_args(argv=None):
     g("--workers", type=number(int, 0),
       help="processes that read images, without effect on results (GPU: one a core, up to 16; "
       "CPU: 0)")
-    g = p.add_argument_group("method").add_argument
+    group = p.add_argument_group("method")
+    g = group.add_argument
     g("--method", choices=acbn.METHODS, default="axbn", help="xbm+batch is the paper's XBM* (axbn)")
     g("--loss", choices=LOSSES, help="supcon, with pair margins, is the paper's (preset)")
     g("--memory-ratio", type=number(float, 0, above=True),
       help="memory rows as a share of the training images (preset)")
-    g("--warmup-steps", type=number(int, 0),
-      help="steps with the plain loss before the memory is used (preset)")
+    late = group.add_mutually_exclusive_group().add_argument
+    late("--warmup-steps", type=number(int, 0),
+         help="steps with the plain loss before the memory is used (preset)")
+    late("--warmup-epochs", type=number(int, 0), help="the same in epochs (folder: half of them)")
     g("--fill-memory", action="store_true",
       help="after the warm-up, fill the memory at once with random training images")
     g("--process-noise", type=number(float, 0), default=1.0, help="q of the Kalman filter (1)")
@@ -93,9 +101,10 @@ def parse_args(argv=None):
     g("--backbone", help="conv4, conv4-nobn, a torchvision classifier, or MODULE:FUNCTION, which "
       "returns a network from images to features (B, width) (preset)")
     g("--weights", help="imagenet, none, or a file with a state_dict (preset)")
-    g("--dim", type=number(int, 1), help="size of the embedding (preset)")
-    g("--bn", choices=("train", "frozen"), default="train",
-      help="batch norm uses the batch's statistics, as in the paper, or its stored ones (train)")
+    g("--dim", type=number(int, 0),
+      help="size of the embedding; 0: the backbone's own features, without a new layer (preset)")
+    g("--bn", choices=("train", "frozen"), help="batch norm uses the batch's statistics, as in the "
+      "paper, or its stored ones (preset)")
     g = p.add_argument_group("training").add_argument
     g("--batch-size", type=number(int, 1), help="images a step, over all processes (preset)")
     g("--images-per-class", type=number(int, 1), default=4,
@@ -116,16 +125,20 @@ def parse_args(argv=None):
       help="(a GPU if there is one)")
     g("--seed", type=number(int, 0, below=2 ** 32), default=0, help="of everything random (0)")
     g("--deterministic", action="store_true", help="the same bits on a GPU too, but slower")
-    add("--out", help="default runs/<dataset>-<method>-<loss>-b<batch>-s<seed>")
+    add("--out", type=os.path.expanduser,
+        help="default runs/<dataset>-<method>-<loss>-b<batch>-s<seed>")
     args = p.parse_args(argv)
     if args.backbone and ":" in args.backbone and args.weights is None:
         args.weights = "none"           # such a function brings its own
     for name, value in PRESETS.get(args.dataset, PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.warmup_steps is None and args.warmup_epochs is None:
+        args.warmup_epochs = args.epochs // 2
     on_gpu = args.device.startswith("cuda")
-    if on_gpu and "LOCAL_RANK" in os.environ:       # torchrun's processes have one GPU each
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if on_gpu and "LOCAL_RANK" in os.environ:       # torchrun's processes have one GPU each; where
+        gpus = max(1, torch.cuda.device_count())    # a process sees its own alone, that is cuda:0
+        args.device = f"cuda:{int(os.environ['LOCAL_RANK']) % gpus}"
     args.amp = args.amp or ("fp16" if on_gpu else "off")
     if args.workers is None:
         args.workers = data.default_workers(args.device)
@@ -169,11 +182,14 @@ def gather(t):
     return torch.cat(parts)
 
 
-def parallel(module, device):
-    """The module with its gradients averaged over the processes; with one process, the module."""
+def parallel(module, device, unused=False):
+    """The module with its gradients averaged over the processes; with one process, the module.
+    unused: it may have parameters that get no gradient.
+    """
     if rank_and_world()[1] == 1:
         return module
-    return DistributedDataParallel(module, [device] if device.startswith("cuda") else None)
+    return DistributedDataParallel(module, [device] if device.startswith("cuda") else None,
+                                   find_unused_parameters=unused)
 
 
 def say(*lines):
@@ -183,30 +199,38 @@ def say(*lines):
 
 # ------------------------------------------------- what is measured on the way
 
-def random_state():
-    """The state of this process's random numbers: (CPU, GPU)."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+def generators(device):
+    """{kind: torch's module of its random numbers}, of the CPU and of the device."""
+    kind = torch.device(device).type
+    return {"cpu": torch.random, **({} if kind == "cpu" else {kind: getattr(torch, kind)})}
 
 
-def set_random_state(state):
-    cpu, gpu = state
-    torch.set_rng_state(cpu)
-    if gpu is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(gpu)
+def random_state(device):
+    """{kind: state of this process's random numbers}, of the CPU and of the device."""
+    return {kind: module.get_rng_state() for kind, module in generators(device).items()}
+
+
+def set_random_state(device, state):
+    for kind, module in generators(device).items():
+        if kind in state:               # not where a run goes on with another kind of device
+            module.set_rng_state(state[kind])
 
 
 @contextmanager
-def without_trace(model, state):
+def without_trace(model, device, state):
     """Inside: no gradients, and the random numbers that follow `state`. Afterwards buffers (batch
     norm's statistics) and random numbers are as before.
     """
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(gpus), torch.no_grad(), kept_buffers(model):
-        set_random_state(state)
-        yield
+    before = random_state(device)
+    with torch.no_grad(), kept_buffers(model):
+        set_random_state(device, state)
+        try:
+            yield
+        finally:
+            set_random_state(device, before)
 
 
-class CountedLoss(torch.nn.Module):
+class CountedLoss(nn.Module):
     """A loss that counts the pairs which its mining leaves, each time that it is computed. (With
     xbm+batch it is computed twice a step; the memory's pairs stay.)
     """
@@ -246,7 +270,8 @@ class Measured:
         """
         if self.step % self.every:
             return
-        with without_trace(model, state), autocast(self.args.device, self.args.amp):
+        device, amp = self.args.device, self.args.amp
+        with without_trace(model, device, state), autocast(device, amp):
             moved = acbn.normalize(gather(model(x).float()))            # (B, D)
         z = acbn.normalize(z.detach())
         self.drifts.append((moved - z).norm(dim=1))         # (B,) Eq. 5, dk = 1, the same pixels
@@ -298,7 +323,7 @@ def warning(record, steps):
     """What an epoch's record should warn of, or None."""
     if record["steps_without_pairs"] == steps:
         return "no step of the epoch had a pair to learn from: the loss was 0 throughout"
-    if record["spread"] < 0.01:
+    if record["spread"] < COLLAPSED:
         return (f"the embeddings have collapsed: all images get nearly the same one (spread "
                 f"{record['spread']:.2g} of 1)")
 
@@ -331,30 +356,54 @@ def make_model(args):
         model = Encoder(args.backbone, args.dim, args.bn == "frozen", args.chunk, args.image_size)
         with torch.no_grad():       # fails here already where the network cannot take such images
             model.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
-        load_weights(model, args.backbone, args.weights)
     except (ValueError, RuntimeError, AssertionError) as error:         # of torch and torchvision
-        raise data.UserError(
-            f"--backbone {args.backbone}, --weights {args.weights}, --image-size "
-            f"{args.image_size}, --dim {args.dim}: {str(error)[:300]}") from None
+        if ":" in args.backbone:                    # a fault of one's own shows where it stands
+            raise
+        raise data.UserError(f"--backbone {args.backbone}, --image-size {args.image_size}, --dim "
+                             f"{args.dim}: {str(error)[:300]}") from None
+    load_weights(model, args.backbone, args.weights)
     plain = args.amp == "off" or args.device.startswith("mps")  # Apple's: wrong gradients otherwise
     model.to(args.device, memory_format=torch.contiguous_format if plain else torch.channels_last)
     if args.bn == "train" and rank_and_world()[1] > 1 and args.device.startswith("cuda"):
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)    # over the whole batch
+        model = synchronised(model)
     return model.train()
 
 
-def make_criterion(args, split):
+def synchronised(model):
+    """The model with batch norm over the whole batch of all processes, by torch's SyncBatchNorm."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, _BatchNorm) and type(layer) not in (
+                nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            raise data.UserError(f"--backbone: its layer {name} is a {type(layer).__name__}, which "
+                                 "torch would turn into a plain SyncBatchNorm; with several GPUs "
+                                 "use --bn frozen")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def refuse_foreign_randomness(model, args):
+    """--chunk embeds each image twice, and can repeat torch's random numbers alone."""
+    size, state, found = args.image_size, random_state(args.device), []
+    x = torch.arange(12 * size ** 2).view(4, 3, size, size) % 251           # (4, 3, S, S)
+    for _ in range(2):
+        with without_trace(model, args.device, state):
+            found.append(model(x.to(args.device)))                          # (4, D)
+    if not torch.allclose(*found, rtol=1e-3, atol=1e-3 * float(found[0].abs().max())):
+        raise data.UserError(f"--chunk: {args.backbone} draws random numbers that are not torch's, "
+                             "which cannot be repeated on the way back")
+
+
+def make_criterion(args, dim, split):
     """The loss against the memory, on the device; for "none" the memory stays empty."""
     rows = 1 if args.method == "none" else memory_rows(args, split)
     return acbn.CrossBatchLoss(
-        args.dim, rows, args.method, CountedLoss(*LOSSES[args.loss]),
+        dim, rows, args.method, CountedLoss(*LOSSES[args.loss]),
         args.process_noise, args.measurement_noise, args.gain_interval, args.momentum,
         args.warmup_steps).to(args.device)
 
 
 def train_head(model, batches, sampler, epochs, device, amp):
     """The new last layer alone, as the paper starts: plain supervised contrastive loss, SGD."""
-    criterion = acbn.CrossBatchLoss(model.head.out_features, 1, "none", acbn.supcon_loss).to(device)
+    criterion = acbn.CrossBatchLoss(model.dim, 1, "none", acbn.supcon_loss).to(device)
     head = parallel(model.head, device)
     optimizer = torch.optim.SGD(model.head.parameters(), lr=0.001)
     model.eval()                            # the backbone's batch-norm statistics stay as they are
@@ -379,7 +428,8 @@ def fill_memory(model, criterion, images, args):
     order = torch.randperm(len(images), generator=g)[:criterion.memory.size].tolist()
     batches = data.loader(images, args.workers, batch_size=args.batch_size, drop_last=True,
                           sampler=[(i, k) for k, i in enumerate(order)])
-    with without_trace(model, random_state()), autocast(args.device, args.amp):
+    state = random_state(args.device)
+    with without_trace(model, args.device, state), autocast(args.device, args.amp):
         torch.manual_seed(args.seed)        # the same dropout, so the same rows, in every process
         for x, y in batches:
             z = acbn.normalize(model(x.to(args.device)))                        # (B, D)
@@ -401,7 +451,7 @@ def train_epoch(epoch, args, batches, network, model, criterion, optimizer, scal
             fill_memory(model, criterion, batches.dataset, args)
         x = x.to(args.device, non_blocking=batches.pin_memory)      # (b, 3, S, S) uint8
         y = y.to(args.device, non_blocking=batches.pin_memory)      # (b,) this process's share
-        state = random_state()
+        state = random_state(args.device)
         with autocast(args.device, args.amp):
             z = network(x)                                          # (b, D)
         z, y = gather(z.float()), gather(y)                         # (B, D), (B,) the whole batch
@@ -409,7 +459,7 @@ def train_epoch(epoch, args, batches, network, model, criterion, optimizer, scal
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf)     # () clips nothing
+        norm = nn.utils.clip_grad_norm_(parameters, math.inf)     # () clips nothing
         scaler.step(optimizer)                                  # fp16: not where norm is not finite
         scaler.update()
         measured.add(loss, norm, criterion.loss.pairs)
@@ -448,11 +498,22 @@ def claim(out):
 def write(path, content):
     """Text, or anything torch.save takes, written whole or not at all."""
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
-        file.flush()
+    try:
+        with part.open("wb") as file:
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            file.flush()
+            sync(file)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:        # the latter from torch.save on a full disk
+        raise data.UserError(f"{path}: cannot be written ({error})") from None
+
+
+def sync(file):
+    try:
         os.fsync(file.fileno())
-    os.replace(part, path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):    # a network disk that has no fsync
+            raise
 
 
 def write_log(out, records):
@@ -466,7 +527,7 @@ def best_of(records):
 
 def save(args, fingerprint, parts, records):
     """Writes the state after the last epoch of the records; each process gives its random state."""
-    states = gather_object(random_state())
+    states = gather_object(random_state(args.device))
     if rank_and_world()[0] == 0:
         out, epoch = Path(args.out), records[-1]["epoch"]
         state = {"format": FORMAT, "epoch": epoch, "settings": vars(args), "data": fingerprint,
@@ -498,7 +559,7 @@ def resume(path, args, fingerprint, parts):
         for name, t in of_p.items():        # laid out as p is: fused optimisers ignore strides
             if isinstance(t, torch.Tensor) and t.shape == p.shape:
                 of_p[name] = torch.empty_like(p).copy_(t)
-    set_random_state(state["rng"][rank])
+    set_random_state(args.device, state["rng"][rank])
     return state["records"]
 
 
@@ -533,13 +594,17 @@ def train(args):
     join(args.device)
     rank, world = rank_and_world()
     everything, splits, val, sampler = load_data(args)
+    if args.warmup_epochs is not None:
+        args.warmup_steps = args.warmup_epochs * len(sampler)
     model = make_model(args)
+    if args.chunk:
+        refuse_foreign_randomness(model, args)
     torch.manual_seed(args.seed + rank)     # the same weights everywhere, but each its own dropout
-    network = parallel(model, args.device)
+    network = parallel(model, args.device, unused=":" in args.backbone)     # such as a mask token
     images = data.Images(splits.train, args.image_size, args.augment, training=True)
     batches = data.loader(images, args.workers, pin_memory=args.device.startswith("cuda"),
                           batch_sampler=data.Seeded(sampler))
-    criterion = make_criterion(args, splits.train)
+    criterion = make_criterion(args, model.dim, splits.train)
     parameters = [*model.parameters(), *criterion.parameters()]         # a loss may have some
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay,
                                   fused=True)
@@ -556,7 +621,8 @@ def train(args):
 
     for epoch in range(len(records), args.epochs + 1):
         if epoch == 0:
-            train_head(model, batches, sampler, args.head_epochs, args.device, args.amp)
+            if args.dim:
+                train_head(model, batches, sampler, args.head_epochs, args.device, args.amp)
             settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
             record = {"epoch": 0, "settings": settings}
         else:
@@ -592,7 +658,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")   # a terminal that lacks a sign is no error
+    data.tolerate_terminal()
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends it at once, like SIGTERM
     main()
     if dist.is_initialized():

@@ -328,7 +328,7 @@ def two_memories(rows, steps, args):
         pixels = [*pixels, x][-(rows // len(x)):]
         if step % 10 == 0 or step == steps:
             print(f"step {step}/{steps}  loss {loss.item():.4f}", flush=True)
-    with train.without_trace(model, train.random_state()):
+    with train.without_trace(model, args.device, train.random_state(args.device)):
         fresh = torch.cat([acbn.normalize(model(x)) for x in pixels])               # (n, D)
     written = stored.memory.written
     slots = torch.arange(written - len(fresh), written) % rows                      # (n,)
