@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Renders of 3D models of furniture, in the layout of Stanford Online Products.
 
-    apt-get update && apt-get download sweethome3d-furniture        Debian's version 1.8
+    apt-get update && apt-get download sweethome3d-furniture        Debian's, version 1.8
     dpkg-deb -x sweethome3d-furniture_*.deb furniture
-    python results/renders.py furniture data/furniture              for --dataset sop --root
+    python results/renders.py furniture data/furniture
 
-A class is a model, and its super class is the model's category. An image is a view of the model,
-with a camera, a light and a background of its own: 250,000 random points on the model's surface,
-of which the nearest in each pixel is seen. Every model has a seed of its own, its place in the
-list, so the number of processes does not matter. Needs numpy and pillow.
+`--dataset sop --root data/furniture --allow-partial` reads the result. A class is a model, and its
+super class is the model's category. An image shows random points on the model's surface, with a
+camera, a light and a background of its own. The place of a model in the list is the seed of its
+images, so the number of processes does not matter. Needs numpy and pillow.
 """
 import argparse
 import random
@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 SIZE, VIEWS, POINTS = 96, 6, 250_000    # pixels an image, images a class, points on a model
-K = 2 * SIZE                            # pixels a view, before it is made smaller: smooth edges
+K = 2 * SIZE                            # pixels a view before it is made smaller, for smooth edges
 
 
 # ------------------------------------------------- the archives
@@ -38,7 +38,7 @@ def catalogue(archive):
     return sorted({(archive, path[n], category[n]) for n in path})
 
 
-@lru_cache
+@lru_cache                              # each process reads them once
 def backgrounds(archives):
     """60 photographs (H, W, 3) uint8 among the models' textures, or as many as there are."""
     def photographs():
@@ -58,7 +58,7 @@ def words(archive, name):
 
 
 def read_materials(archive, name):
-    """{material: {keyword: its words}} of an MTL file."""
+    """{name: {keyword: its words}} of the materials of an MTL file."""
     found, material = {}, {}
     for keyword, *rest in words(archive, name):
         if keyword == "newmtl":
@@ -69,7 +69,7 @@ def read_materials(archive, name):
 
 def read_model(archive, name):
     """The triangles of an OBJ file: corners (F, 3, 3), their places in the texture (F, 3, 2), NaN
-    where none is given, the materials' names (F,), and {name: the material}. Glass is left out.
+    where none is given, the materials' names (F,), and the materials by name. Glass is left out.
     """
     folder, v, vt, faces, owner = name.rpartition("/")[0], [], [], [], []
     current, materials = "", {"": {}}
@@ -116,7 +116,7 @@ def colours(archive, name, material, places):
         return np.array([*map(float, material.get("kd", [0.7] * 3)[:3]), 1])        # (4,)
     image = Image.open(archive.open(texture)).convert("RGBA")
     image.thumbnail((1024, 1024))
-    x, y = (places % 1).T                                                               # (n,) each
+    x, y = (places % 1).T                                                           # (n,) each
     rows, columns = (1 - y) * (image.height - 1), x * (image.width - 1)
     return np.asarray(image, np.float32)[rows.astype(int), columns.astype(int)] / 255
 
@@ -129,8 +129,8 @@ def surface(archive, name, rng):
     if not len(owner):
         return None
     face, weights, normal = scatter(corners, rng)
-    points, places = (sum(w * of[face, k] for k, w in enumerate(weights))           # (N, 3), (N, 2)
-                      for of in (corners, places))
+    points, places = (sum(w * given[face, k] for k, w in enumerate(weights))        # (N, 3), (N, 2)
+                      for given in (corners, places))
     owner, rgba = owner[face], np.empty((POINTS, 4), np.float32)
     for material in set(owner):
         mine = owner == material                                                    # (N,)
@@ -216,26 +216,28 @@ def render(job):
 # ------------------------------------------------- python results/renders.py
 
 def write_lists(top, models):
-    """The lists of models (archive, name, category): the first half trains, the rest tests."""
+    """The lists of (archive, name, category): the first half of the models trains, the rest tests.
+    classes.txt names each class's model, whose author a copy of the pictures has to credit.
+    """
     kinds = sorted({category for _, _, category in models})
-    rows = [f"{(c - 1) * VIEWS + v + 1} {c} {kinds.index(category) + 1} furniture_final/{c}_{v}.JPG"
-            for c, (_, _, category) in enumerate(models, 1) for v in range(VIEWS)]
-    half = len(models) // 2 * VIEWS
-    for part, of_part in (("train", rows[:half]), ("test", rows[half:])):
-        lines = ["image_id class_id super_class_id path", *of_part, ""]
-        (top / f"Ebay_{part}.txt").write_text("\n".join(lines))
-    (top / "classes.txt").write_text("".join(
-        f"{c}\t{archive.name}\t{name}\t{category}\n"
-        for c, (archive, name, category) in enumerate(models, 1)))
+    rows, classes, half = [], [], len(models) // 2 * VIEWS
+    for c, (archive, name, category) in enumerate(models, 1):
+        classes.append(f"{c}\t{archive.name}\t{name}\t{category}\n")
+        rows += [f"{(c - 1) * VIEWS + v + 1} {c} {kinds.index(category) + 1} "
+                 f"furniture_final/{c}_{v}.JPG\n" for v in range(VIEWS)]
+    for part, lines in (("train", rows[:half]), ("test", rows[half:])):
+        text = "image_id class_id super_class_id path\n" + "".join(lines)
+        (top / f"Ebay_{part}.txt").write_text(text)
+    (top / "classes.txt").write_text("".join(classes))
 
 
 def make(source, out):
-    """Renders all models below `source`, writes the data set into `out`, and tells of both."""
+    """Renders all models below `source` and writes the data set into `out`."""
     archives = tuple(sorted(source.rglob("*.sh3f")))
     if not archives:
         raise FileNotFoundError(f"{source}: no archive *.sh3f in it or below")
     models, shown = [row for archive in archives for row in catalogue(archive)], []
-    random.Random(0).shuffle(models)                    # half of each category trains, or nearly so
+    random.Random(0).shuffle(models)
     top = out / "Stanford_Online_Products"
     (top / "furniture_final").mkdir(parents=True, exist_ok=True)
     jobs = [(seed, *model[:2], archives) for seed, model in enumerate(models)]
