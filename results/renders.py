@@ -8,7 +8,8 @@
 `--dataset sop --root data/furniture --allow-partial` reads the result. A class is a model, and its
 super class is the model's category. An image shows random points on the model's surface, with a
 camera, a light and a background of its own. The place of a model in the list is the seed of its
-images, so the number of processes does not matter. Needs numpy and pillow.
+images, so the number of processes does not matter. The processor does, for a few pixels: numpy's
+sort with AVX-512 puts points of equal depth in another order. Needs numpy 2 and pillow.
 """
 import argparse
 import random
