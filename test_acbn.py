@@ -2281,7 +2281,7 @@ def accept_commands(path, parsers):
             parsers[words[1]]([STANDS_FOR.get(word, word) for word in words[2:]])
             seen.add(words[1])
         elif words:
-            assert words[0] in ("python", "for", "do", "done"), command
+            assert words[0] in ("python", "for", "do", "done", "apt-get", "dpkg-deb"), command
     return seen
 
 
