@@ -242,20 +242,23 @@ def df2_items(path):
 
 def read_folder(root):
     """The split of one folder a class, and the name of each image's class."""
+    readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    left_out = Counter()        # pictures whose endings torchvision does not know
+
     def visible(path):      # by-products of other programs begin with a dot, or lie in __MACOSX
-        inside = Path(path).relative_to(root).parts
-        hidden = any(part.startswith((".", "__MACOSX")) for part in inside)
-        return path.lower().endswith(IMG_EXTENSIONS) and not hidden
-    others = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    left_out = Counter(path.suffix.lower() for path in Path(root).rglob("[!.]*.*")
-                       if path.suffix.lower() in others.difference(IMG_EXTENSIONS))
-    if left_out:
-        print(f"note: {root}: files that torchvision's list of pictures lacks are left out: "
-              + ", ".join(f"{n} {end}" for end, n in left_out.items()), file=sys.stderr)
+        inside, end = Path(path).relative_to(root).parts, Path(path).suffix.lower()
+        if any(part.startswith((".", "__MACOSX")) for part in inside):
+            return False
+        if end in readable and end not in IMG_EXTENSIONS:
+            left_out[end] += 1
+        return end in IMG_EXTENSIONS
     try:
         found = ImageFolder(root, is_valid_file=visible, allow_empty=True)
     except FileNotFoundError as error:              # no such folder, or no folder in it
         raise missing("folder", root, error) from None
+    if left_out:
+        print(f"note: {sum(left_out.values())} pictures below {root} are left out, since torchvision "
+              f"does not read their endings: {' '.join(left_out)}", file=sys.stderr)
     deeper = [path for path, _ in found.samples if Path(path).parent.parent != root]
     if deeper:
         print(f"note: {len(deeper)} images lie deeper than their class folder, such as "

@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import json
 import math
+import ntpath
 import os
 import re
 import shlex
@@ -23,6 +24,7 @@ import socket
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -500,8 +502,8 @@ def test_memory_takes_batches_of_any_size_and_rows_of_zeros(method):
 
 
 def test_memory_and_loss_refuse_what_does_not_fit():
-    for wrong in (dict(size=0, dim=4), dict(size=4, dim=0)):
-        with pytest.raises(ValueError, match="at least 1"):
+    for wrong in (dict(size=0, dim=4), dict(size=4, dim=0), dict(size=0.5 * 1001, dim=4)):
+        with pytest.raises(ValueError, match="integers from 1 on"):
             CrossBatchMemory(**wrong)
     for door in (CrossBatchMemory(4, 8).enqueue,
                  *(CrossBatchLoss(4, 8, method) for method in METHODS)):
@@ -509,8 +511,9 @@ def test_memory_and_loss_refuse_what_does_not_fit():
                      ((0, 4), (0,)), ((4,), (4,))):
             with pytest.raises(ValueError, match=r"expected embeddings \(B, 4\) and labels \(B,\)"):
                 door(torch.ones(z), torch.ones(y, dtype=torch.int64))
-        with pytest.raises(ValueError, match="labels must be integers, got torch.float32"):
-            door(torch.ones(2, 4), torch.ones(2))
+        for y, got in ((torch.ones(2), "torch.float32"), ([0, 1], "<class 'list'>")):
+            with pytest.raises(ValueError, match=f"labels must be a tensor of integers, got {got}"):
+                door(torch.ones(2, 4), y)
     with pytest.raises(ValueError, match="one of none, xbm"):
         CrossBatchLoss(4, 8, "moco")
     for wrong in (dict(process_noise=0, measurement_noise=0), dict(measurement_noise=-1)):
@@ -519,6 +522,17 @@ def test_memory_and_loss_refuse_what_does_not_fit():
     for wrong in (dict(gain_interval=0), dict(momentum=1.0), dict(momentum=-0.1)):
         with pytest.raises(ValueError, match="gain_interval"):
             CrossBatchLoss(4, 8, **wrong)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_left_on_another_device_or_in_16_bits_is_told_in_the_first_step(method):
+    z, y = torch.ones(2, 4), torch.tensor([0, 1])
+    for criterion, z, y in ((CrossBatchLoss(4, 8, method, warmup_steps=9), z.to("meta"),
+                             y.to("meta")),
+                            (CrossBatchLoss(4, 8, method, warmup_steps=9), z, y.to("meta")),
+                            (CrossBatchLoss(4, 8, method, warmup_steps=9).half(), z, y)):
+        with pytest.raises(ValueError, match=r"the memory is on .*move it with criterion.to\(dev"):
+            criterion(z, y)
 
 
 # ------------------------------------------------- the loss against the memory: derivatives
@@ -1271,6 +1285,11 @@ def test_folder_leaves_out_the_by_products_of_other_programs(tmp_path, capsys):
         (tmp_path / name).write_bytes(b"no image")
     assert data.fingerprint(data.load("folder", tmp_path)) == clean
     assert "note" not in capsys.readouterr().err
+    for name in ("class0/a.jfif", "class1/b.JPE", "class2/c.jfif", "class2/.d.jfif"):
+        (tmp_path / name).write_bytes(b"a picture")
+    assert data.fingerprint(data.load("folder", tmp_path)) == clean
+    assert re.search(r"note: 3 pictures below .* left out, .*: (\.jfif \.jpe|\.jpe \.jfif)$",
+                     capsys.readouterr().err, re.M)
 
 
 def test_folder_notes_classes_in_both_parts_and_images_that_lie_deeper(tmp_path, capsys):
@@ -1315,6 +1334,18 @@ def test_fingerprint_follows_names_and_labels_alone(tmp_path):
     labels[0] += 1
     other = splits._replace(query=splits.query._replace(labels=labels))
     assert data.fingerprint(other) != data.fingerprint(splits)
+
+
+def test_fingerprint_is_the_same_on_every_system(monkeypatch):
+    def of(*images):
+        return data.fingerprint(data.Splits(*(data.Split([image], torch.tensor([k]))
+                                              for k, image in enumerate(images))))
+    assert of("/r/a/1.jpg", "/r/b/2.jpg") == "adc5b5bc52f91858"
+    composed, decomposed = (unicodedata.normalize(form, "/r/é/1.jpg") for form in ("NFC", "NFD"))
+    assert composed != decomposed and of(composed, "/r/b/2.jpg") == of(decomposed, "/r/b/2.jpg")
+    unix = of("/r/a/1.jpg", "/r/b/2.jpg")
+    monkeypatch.setattr(data, "os", argparse.Namespace(path=ntpath, sep="\\"))
+    assert of(r"C:\r\a\1.jpg", r"C:\r\b\2.jpg") == unix
 
 
 def test_download_unpacks_and_checks_or_says_what_is_wrong(tmp_path, monkeypatch, capsys):
@@ -1532,6 +1563,15 @@ def test_chunks_keep_random_numbers_and_move_statistics_the_first_time_only(back
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers()))
 
 
+@pytest.mark.parametrize("bn", ["train", "frozen"])
+def test_chunks_keep_buffers_only_where_something_moves_them(bn, monkeypatch):
+    model, kept = evaluation.Encoder("resnet18", 8, bn == "frozen", chunk=4).train(), []
+    keep = evaluation.kept_buffers
+    monkeypatch.setattr(evaluation, "kept_buffers", lambda model: kept.append(1) or keep(model))
+    model(torch.randint(256, (8, 3, 32, 32))).sum().backward()
+    assert len(kept) == 2 * (bn == "train")
+
+
 def test_chunks_keep_fewer_activations():
     kept = []
     for chunk in (0, 4):
@@ -1571,6 +1611,74 @@ def test_a_backbone_of_ones_own_is_trained_and_rebuilt(tmp_path, monkeypatch, ca
             tiny(name, "--backbone", f"mymodels:{name}")
 
 
+def test_a_fault_in_a_backbone_of_ones_own_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "faulty.py").write_text(
+        "from torch import nn\n"
+        "def make():\n    raise ValueError('their make')\n"
+        "class Forward(nn.Flatten):\n"
+        "    def forward(self, x):\n        raise RuntimeError('their forward')\n")
+    (tmp_path / "torn.py").write_text("None.their_module\n")
+    for name, error, text in (("faulty:make", ValueError, "their make"),
+                              ("faulty:Forward", RuntimeError, "their forward"),
+                              ("torn:make", AttributeError, "their_module")):
+        with pytest.raises(error, match=text):
+            tiny(tmp_path / "run", "--backbone", name)
+    with pytest.raises(SystemExit, match="module 'faulty' has no attribute 'more'"):
+        tiny(tmp_path / "run", "--backbone", "faulty:more")
+
+
+@pytest.mark.parametrize("library", ["random", "numpy.random", "torch"])
+def test_chunks_of_a_backbone_with_other_random_numbers_than_torchs_are_refused(
+        library, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    name = library.replace(".", "_") + "_drops"
+    draw = "torch.rand(()).item()" if library == "torch" else f"{library}.random()"
+    (tmp_path / f"{name}.py").write_text(
+        f"import random, numpy, torch\nfrom torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self):\n        super().__init__(nn.Flatten(), nn.LazyLinear(8))\n"
+        "    def forward(self, x):\n"
+        f"        return super().forward(x) * {draw}\n")
+    flags = ("--backbone", f"{name}:Net", "--epochs", "1", "--method", "xbn")
+    assert len(tiny(tmp_path / "whole", *flags)) == 2
+    with (contextlib.nullcontext() if library == "torch" else
+          pytest.raises(SystemExit, match="--chunk: .* draws random numbers that are not torch's")):
+        tiny(tmp_path / "chunks", *flags, "--chunk", "4")
+
+
+def test_batch_norm_with_more_in_it_is_not_made_synchronous():
+    class WithReLU(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+    made = train.synchronised(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    assert isinstance(made[1], nn.SyncBatchNorm)
+    with pytest.raises(data.UserError, match="its layer 1 is a WithReLU"):
+        train.synchronised(nn.Sequential(nn.Conv2d(3, 4, 1), WithReLU(4)))
+
+
+@pytest.mark.parametrize("backbone", ["conv4", "resnet18"])
+def test_without_a_head_the_embedding_is_the_backbone_s_own_features(
+        backbone, tmp_path, monkeypatch):
+    flags = ("--backbone", backbone, "--dim", "0", "--head-epochs", "1")
+    scored = tiny(tmp_path / "untrained", *flags, "--epochs", "0")
+    model, state = evaluation.rebuild(tmp_path / "untrained" / "best.pt")
+    split = data.load_for(argparse.Namespace(**state["settings"])).query
+    z, y = evaluation.embed(model, data.Images(split, 16, "light"))
+    x = torch.stack([data.Images(split, 16, "light")[i][0] for i in range(4)])
+    with torch.no_grad():
+        torch.testing.assert_close(z[:4], model.backbone((x - model.mean) / model.std))
+    assert evaluation.scores((z, y))["recall@1"] == scored[-1]["recall@1"]
+    assert len(tiny(tmp_path / "trained", *flags, "--epochs", "1")) == 2
+
+
+def test_fp16_is_off_where_a_cpu_embeds():
+    model, images = embedding_case()
+    images.split = data.take(images.split, torch.arange(len(images)) < 20)
+    assert torch.equal(evaluation.embed(model, images, "fp16")[0],
+                       evaluation.embed(model, images, "off")[0])
+
+
 def test_weights_are_read_in_the_forms_that_people_have(tmp_path, monkeypatch):
     import torchvision
     from urllib.error import URLError
@@ -1598,6 +1706,10 @@ def test_weights_are_read_in_the_forms_that_people_have(tmp_path, monkeypatch):
         torch.save(state, path)
         with pytest.raises(data.UserError, match=f"(?s)weights.pt.*{message}"):
             train.make_model(args)
+    encoder.backbone = nn.Sequential(nn.Linear(2, 2), nn.Identity())    # a layer of one's own
+    torch.save({**encoder.backbone.state_dict(), "1.gamma": torch.ones(2)}, path)
+    with pytest.raises(data.UserError, match='Unexpected .*"1.gamma"'):
+        evaluation.load_weights(encoder, "mine:make", str(path))
     with pytest.raises(data.UserError, match="nothing.pt: cannot be read .*No such file"):
         evaluation.load_weights(encoder, "resnet18", str(tmp_path / "nothing.pt"))
 
@@ -1634,7 +1746,10 @@ def test_embeddings_are_saved_and_scored_again(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(query=None), "'query'"), (dict(query_labels=None), "'query_labels'"),
+    (dict(query=None), "z.npz: there is no array 'query'$"),
+    (dict(query_labels=None), "z.npz: there is no array 'query_labels'$"),
+    *((dict(ks=np.array(ks)), "ks must be a list of whole numbers from 1 on")
+      for ks in (5, [0, 1], [1.5], [[1]])),
     (dict(query_labels=np.arange(5)), "query_labels integers"),
     (dict(query_labels=np.linspace(0, 1, 6)), "query_labels integers"),
     (dict(query=np.zeros((6, 3, 1))), "query must be floats"),
@@ -1643,7 +1758,7 @@ def test_embeddings_are_saved_and_scored_again(tmp_path, capsys):
     (dict(galery=np.ones((6, 3))), "unknown arrays galery"),
     (dict(gallery=np.ones((6, 4)), gallery_labels=np.arange(6)), "its width is not that of query"),
     (dict(gallery=np.ones((0, 3)), gallery_labels=np.arange(0)), "gallery is empty"),
-    (dict(gallery=np.ones((6, 4))), "'gallery_labels'")])
+    (dict(gallery=np.ones((6, 4))), "there is no array 'gallery_labels'")])
 def test_embeddings_of_others_that_do_not_fit_are_refused_with_a_sentence(
         tmp_path, change, message):
     z = np.random.default_rng(0).normal(size=(6, 3))
@@ -1713,6 +1828,71 @@ def test_presets_are_the_paper_s_run_and_a_gpu_gets_fp16(monkeypatch):
     assert train.parse_args(["--dataset", "sop", "--device", "mps"]).amp == "off"
     assert train.parse_args(["--device", "cpu"]).loss == "ms"
     assert train.parse_args(["--backbone", "a:b", "--dataset", "sop"]).weights == "none"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for gpus, device in ((8, "cuda:3"), (1, "cuda:0")):         # one: a task that sees its own alone
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        assert train.parse_args(["--device", "cuda"]).device == device
+
+
+def test_the_preset_of_a_folder_freezes_batch_norm_and_starts_the_memory_halfway(
+        tmp_path, capsys):
+    make_folder(tmp_path / "data")
+    flags = ["--dataset", "folder", "--root", str(tmp_path / "data"), *ON_REPLICA]
+    settings = train.main([*flags, "--epochs", "3", "--out", str(tmp_path / "a")])[0]["settings"]
+    assert settings["bn"] == "frozen" and settings["warmup_steps"] == 1 * (12 // 8)
+    epochs = [word.replace("-steps", "-epochs") for word in TINY]
+    epochs[epochs.index("--warmup-epochs") + 1] = "1"
+    by_epochs = train.main([*epochs, "--out", str(tmp_path / "b")])
+    assert strip(by_epochs) == strip(tiny(tmp_path / "c", "--warmup-steps", "5"))
+    assert strip(by_epochs) == strip(tiny(tmp_path / "b", "--warmup-steps", "5"))   # it is resumed
+    assert train.parse_args(["--warmup-epochs", "0"]).warmup_epochs == 0
+    with pytest.raises(SystemExit):
+        train.parse_args(["--warmup-epochs", "1", "--warmup-steps", "5"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_a_device_that_runs_no_kernel_is_told(monkeypatch, capsys):
+    class Old:
+        def __add__(self, other):
+            raise RuntimeError("CUDA error: no kernel image is available for execution")
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: Old())
+    with pytest.raises(SystemExit):
+        train.parse_args(["--device", "cuda:0"])
+    assert "--device cuda:0 cannot be used (CUDA error: no kernel image" in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_folder_where_no_shell_says_so(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = train.parse_args(["--out=~/run", "--root=~/data", "--device", "cpu"])
+    assert (args.out, args.root) == ("/home/me/run", "/home/me/data")
+    args = evaluation.parse_args(["~/run/best.pt", "--root=~/data", "--device", "cpu"])
+    assert (str(args.file), args.root) == ("/home/me/run/best.pt", "/home/me/data")
+
+
+def test_random_numbers_are_those_of_the_cpu_and_of_the_device_of_the_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: 1 / 0)      # is not even asked
+    assert train.random_state("cpu").keys() == {"cpu"}
+    states = [torch.tensor([7])]
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states[-1])
+    monkeypatch.setattr(torch.mps, "set_rng_state", states.append)
+    state = train.random_state("mps:0")
+    assert state["mps"] == 7 and state["cpu"].numel() > 1000
+    states.append(torch.tensor([8]))
+    with train.without_trace(nn.Linear(1, 1), "mps", state):
+        assert states[-1] == 7
+    assert states[-1] == 8
+    train.set_random_state("cpu", state)                        # a run that goes on with a CPU
+
+
+@pytest.mark.parametrize("command", ["data.py --classes 3", "train.py --epochs 0 --classes 8 --out "
+                                     "OUT --image-size 16 --batch-size 8 --device cpu"])
+def test_scripts_run_without_a_standard_output(tmp_path, command):
+    words = command.replace("OUT", str(tmp_path / "run"))
+    done = subprocess.run(f"{sys.executable} {words} >&-", shell=True, cwd=HERE, text=True,
+                          stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stderr) == (0, "")
+    with contextlib.redirect_stdout(argparse.Namespace()):      # as Jupyter's: no reconfigure
+        data.tolerate_terminal()
 
 
 def momentum(parameters, lr, weight_decay, fused):
@@ -1870,6 +2050,17 @@ def test_a_disk_without_locks_refuses_nothing(tmp_path, monkeypatch):
     assert len(tiny(tmp_path, "--epochs", "0")) == 1
 
 
+@pytest.mark.parametrize("code, fails", [("EINVAL", False), ("EIO", True)])
+def test_a_disk_without_fsync_is_written_to_and_a_broken_one_is_named(
+        tmp_path, monkeypatch, code, fails):
+    def fsync(_):
+        raise OSError(getattr(errno, code), "of the disk")
+    monkeypatch.setattr(os, "fsync", fsync)
+    with (pytest.raises(SystemExit, match="best.pt: cannot be written .*of the disk") if fails
+          else contextlib.nullcontext()):
+        assert len(tiny(tmp_path, "--epochs", "0")) == 1
+
+
 def test_file_names_that_are_no_utf8(tmp_path):
     make_folder(tmp_path / "data")
     odd = os.fsdecode(os.fsencode(tmp_path / "data" / "class4") + b"/\xff\xe9.jpg")
@@ -1939,8 +2130,8 @@ def test_write_on_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     for name in ("checkpoint.pt", "log.jsonl"):
         before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
         (tmp_path / f"{name}.part").symlink_to("/dev/full")   # every write: no space left on device
-        with pytest.raises((SystemExit, RuntimeError),
-                           match="No space left|failed writing|unexpected pos"):
+        with pytest.raises(SystemExit, match=f"{name}: cannot be written .*"
+                           "(No space left|failed writing|unexpected pos)"):
             tiny(tmp_path, "--epochs", "2")
         (tmp_path / f"{name}.part").unlink()
         assert before[name] == (tmp_path / name).read_bytes() and whole_epochs(tmp_path)
@@ -1991,6 +2182,9 @@ def test_train_counts_steps_without_pairs_and_warns_of_a_collapse(tmp_path, caps
     record = tiny(tmp_path / "c", *flags)[1]                        # with MS there are pairs
     assert ("collapsed" in record["warning"]
             and "warning: the embeddings have" in capsys.readouterr().out)
+    record["steps_without_pairs"] = 0
+    assert "collapsed" in train.warning({**record, "spread": 0.1}, 5)   # a mean cosine of 0.99
+    assert train.warning({**record, "spread": 0.297}, 5) is None
     spread = math.nan
     with pytest.raises(SystemExit, match="embeddings hold NaN or infinity"):
         tiny(tmp_path / "d", *flags)
@@ -2092,7 +2286,15 @@ def test_filling_the_memory_leaves_no_trace_and_gives_every_process_the_same_row
 # A small rate: AdamW makes a step of any sign of a rounded gradient near zero, which would add up.
 DISTRIBUTED = [*TINY, *"--backbone conv4-nobn --head-epochs 1 --lr 1e-5 --chunk 6".split()]
 OF_TWO = {**{method: ["--method", method] for method in METHODS},
-          "tempered": ["--loss", "tempered"]}           # a loss with a parameter
+          "tempered": ["--loss", "tempered"],           # a loss with a parameter
+          "unused": ["--backbone", "unused:Net", "--method", "none"]}   # one without a gradient
+
+UNUSED = """from torch import nn, zeros
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(768, 8))
+        self.mask_token = nn.Parameter(zeros(8))
+"""
 
 
 def one_of_two(rank, port, out):
@@ -2103,6 +2305,7 @@ def one_of_two(rank, port, out):
                       MASTER_PORT=str(port))
     torch.set_num_threads(1)
     train.LOSSES["tempered"] = Tempered(), acbn.pair_margin
+    sys.path.append(str(out))
     for name, flags in OF_TWO.items():
         args = [*DISTRIBUTED, *flags, "--out", str(out / name)]
         memories, enqueue = [], CrossBatchMemory.enqueue
@@ -2135,6 +2338,7 @@ def one_of_two(rank, port, out):
 def of_two(tmp_path_factory):
     """The folder that two such processes wrote."""
     out = tmp_path_factory.mktemp("two")
+    (out / "unused.py").write_text(UNUSED)
     torch.multiprocessing.spawn(one_of_two, (free_port(), out), nprocs=2)
     return out
 
@@ -2149,6 +2353,7 @@ def test_embedding_is_shared_by_two_processes_and_the_same_to_the_last_bit(of_tw
 
 def test_two_processes_train_as_one(of_two, tmp_path, monkeypatch):
     monkeypatch.setitem(train.LOSSES, "tempered", (Tempered(), acbn.pair_margin))
+    monkeypatch.syspath_prepend(of_two)
     for method, flags in OF_TWO.items():
         expected = train.main([*DISTRIBUTED, *flags, "--out", str(tmp_path / "one" / method)])
         got = [json.loads(line)
@@ -2165,7 +2370,7 @@ def test_two_processes_train_as_one(of_two, tmp_path, monkeypatch):
         mine, other = (torch.load(of_two / f"{method}-{rank}.pt", weights_only=True)
                        for rank in (0, 1))
         assert len(mine) == len(other) and all(torch.equal(a, b) for a, b in zip(mine, other))
-        assert (method == "none") == (len(mine) == 0)
+        assert (method in ("none", "unused")) == (len(mine) == 0)
 
 
 def test_processes_that_find_different_checkpoints_end_with_a_sentence(of_two):
