@@ -257,8 +257,8 @@ def read_folder(root):
     except FileNotFoundError as error:              # no such folder, or no folder in it
         raise missing("folder", root, error) from None
     if left_out:
-        print(f"note: {sum(left_out.values())} pictures below {root} are left out, since torchvision "
-              f"does not read their endings: {' '.join(left_out)}", file=sys.stderr)
+        print(f"note: {sum(left_out.values())} pictures below {root} are left out, since "
+              f"torchvision does not read their endings: {' '.join(left_out)}", file=sys.stderr)
     deeper = [path for path, _ in found.samples if Path(path).parent.parent != root]
     if deeper:
         print(f"note: {len(deeper)} images lie deeper than their class folder, such as "

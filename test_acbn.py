@@ -1829,7 +1829,7 @@ def test_presets_are_the_paper_s_run_and_a_gpu_gets_fp16(monkeypatch):
     assert train.parse_args(["--device", "cpu"]).loss == "ms"
     assert train.parse_args(["--backbone", "a:b", "--dataset", "sop"]).weights == "none"
     monkeypatch.setenv("LOCAL_RANK", "3")
-    for gpus, device in ((8, "cuda:3"), (1, "cuda:0")):         # one: a task that sees its own alone
+    for gpus, device in ((8, "cuda:3"), (1, "cuda:0")):         # 1: a task that sees its own alone
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         assert train.parse_args(["--device", "cuda"]).device == device
 
@@ -2154,10 +2154,10 @@ def test_train_names_a_loss_or_gradient_that_is_not_finite(tmp_path):
             ([1, inf, 1, 1], [1, 1, nan, 1], off, 9, "step 2: "),
             ([1, 1, nan, 1], [1, inf, 1, 1], off, 9, "step 2: "),
             ([1, 1, nan, 1], [1, inf, 1, 1], fp16, 9, "step 3: .*or --amp bf16"),
-            ([1, 1, 1, 1], [inf, inf, nan, inf], fp16, 4,       # no step was taken
+            ([1, 1, 1, 1] * 3, [inf, inf, nan, inf] * 3, fp16, 12,      # no step was taken
              "step 1: .*or --amp bf16")):
         with pytest.raises(data.UserError, match=message):
-            train.summary(torch.tensor([losses, norms, *pairs]), 1, steps, args)
+            train.summary(torch.tensor([losses, norms, losses, losses]), 1, steps, args)
     skipped = torch.tensor([[1, 0, 1, 1], [inf, 1, nan, nan], *pairs])
     assert train.summary(skipped, 1, 4, fp16) == {
         "loss": 0.75, "gradient_norm": 1, "steps_skipped": 3, "steps_without_pairs": 1,
@@ -2505,7 +2505,7 @@ def test_readme_first_snippet_runs_beside_acbn_alone(tmp_path):
 
 
 def test_readme_snippet_of_parts_keeps_a_queue_near_its_fresh_keys():
-    parts, distances = readme_block("def loss_of"), []
+    parts, distances = readme_block("def loss_of(queries"), []
     for source in (parts, re.sub(r".*match_moments\(memory.*\n", "    pass\n", parts)):
         scope, g = {}, torch.Generator().manual_seed(0)
         exec(source, scope)
@@ -2528,7 +2528,7 @@ def test_readme_snippet_of_parts_keeps_a_queue_near_its_fresh_keys():
 def test_readme_line_of_pytorch_metric_learning_is_replaced_by_the_same_loss():
     pytest.importorskip("pytorch_metric_learning")
     old, new = re.findall(r"^[-+](criterion = .*)$", readme_block("steps // 2", "diff"), re.M)
-    new, scope = new.replace('"xbn", warmup_steps=steps // 2', '"xbm"'), {}
+    new, scope = new.replace('"xbn", warmup_steps=steps // 2', '"xbm"'), {"device": "cpu"}
     exec("from acbn import CrossBatchLoss\n"
          "from pytorch_metric_learning.losses import CrossBatchMemory, MultiSimilarityLoss\n"
          "from pytorch_metric_learning.miners import MultiSimilarityMiner\n"
@@ -2563,12 +2563,67 @@ def test_readme_line_runs_any_loss_of_pytorch_metric_learning_on_an_adapted_memo
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_readme_snippet_of_new_images_runs(tmp_path, monkeypatch):
+def test_readme_snippet_of_new_images_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny(tmp_path / "runs" / "synthetic-axbn-ms-b16-s0", "--epochs", "0")
-    for k in range(9):
-        jpeg(tmp_path / "photos" / f"{k}.jpg", k)
-    exec(readme_block("rebuild("), {})
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "notes.txt").write_text("no picture")
+    with pytest.raises(SystemExit, match="no pictures in photos/"):
+        exec(readme_block("no pictures in"), {})
+    for k in range(6):
+        jpeg(tmp_path / "photos" / f"{k}.{('jpg', 'JPEG', 'png')[k % 3]}", k)
+    capsys.readouterr()
+    exec(readme_block("no pictures in"), {})
+    assert sorted(capsys.readouterr().out.split()) == [
+        "photos/1.JPEG", "photos/2.png", "photos/3.jpg", "photos/4.JPEG", "photos/5.png"]
+
+
+def test_readme_snippet_of_several_labels_equals_a_loop():
+    scope, g = {}, torch.Generator().manual_seed(0)
+    exec(readme_block("def loss_of(queries") + readme_block("def loss_of(z, ids)"), scope)
+    labels = scope["labels"] = torch.rand(1000, 20, generator=g) < 0.1
+    for k in range(3):
+        z, ids = rows(12, 128, seed=k, dtype=torch.float32), torch.randperm(1000, generator=g)[:12]
+        value, memory = scope["loss_of"](z, ids), scope["memory"]
+        sim = z @ acbn.normalize(memory.embeddings).T
+        share, n = torch.tensor([[bool((labels[i] & labels[j]).any()) for j in memory.labels]
+                                 for i in ids]), len(memory)
+        others = torch.arange(n) != torch.arange(n - 12, n)[:, None]    # all but an anchor's own
+        expected = supcon_twin(sim.double().numpy(), *((mask & others).numpy()
+                                                       for mask in (share, ~share)))
+        assert value.item() == pytest.approx(expected, rel=1e-4) and (share & others).any()
+
+
+def test_readme_line_of_pairs_without_classes():
+    (line,) = re.findall(r"`(criterion\(torch.cat.*)`", (HERE / "README.md").read_text())
+    loss, z = Recorder(), rows(5, 8)
+    exec(line, {"criterion": CrossBatchLoss(8, 1, "none", loss), "torch": torch,
+                "z_sketch": z, "z_photo": z + 0.1, "pair": torch.arange(5)})
+    assert torch.equal(loss.positive, torch.eye(10).roll(5, 1) > 0)
+
+
+def test_readme_snippet_of_ones_own_network_gets_pixels_from_minus_1_to_1(monkeypatch):
+    timm = argparse.Namespace(create_model=lambda *_, **__: nn.Identity())
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    scope, model = {}, evaluation.Encoder("conv4", 8)
+    exec(readme_block("import timm"), scope)
+    x = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
+    torch.testing.assert_close(scope["vit"]()((x - model.mean) / model.std), x / 127.5 - 1)
+
+
+def test_readme_snippet_of_parts_of_a_batch_gives_the_gradient_of_the_whole():
+    encoder, y = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)), torch.arange(40) // 4
+    scope = {"torch": torch, "encoder": encoder, "images": rows(40, 6, dtype=torch.float32)}
+    exec(readme_block("import checkpoint"), scope)
+
+    def gradient(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*encoder.parameters()])])
+    criterion, parts = (CrossBatchLoss(5, 80, "xbn", acbn.supcon_loss) for _ in range(2))
+    whole = gradient(copy.deepcopy(criterion)(encoder(scope["images"]), y))
+    torch.testing.assert_close(gradient(criterion(scope["z"], y)), whole)
+    wrong = gradient(sum(parts(z, labels) for z, labels in zip(
+        encoder(scope["images"]).split(16), y.split(16))) / 3)
+    assert (wrong - whole).norm() > 0.2 * whole.norm()
 
 
 def test_readme_explains_every_field_of_the_log(tmp_path):

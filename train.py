@@ -4,11 +4,12 @@
     python train.py                             synthetic products, 2 minutes on two CPU cores
     python train.py --dataset sop --root DIR    the paper's setting; DIR: Stanford_Online_Products/
 
-Every epoch adds a line to <out>/log.jsonl and rewrites <out>/checkpoint.pt, and <out>/best.pt where
-it is the best so far. The same command continues where it stopped.
+Every epoch adds a line to <out>/log.jsonl and rewrites <out>/checkpoint.pt. The best epoch so far
+is also kept, as <out>/best.pt. The same command continues where it stopped.
 
-Begin to read at `train_epoch`, the step, and then at `train`, the run. Another loss is a row of
-LOSSES, another optimiser a line of `train`, another measurement a method of `Measured`.
+Start reading with `train_epoch`, one step, and then `train`, the run. Another loss is a row of
+LOSSES, another optimiser a line of `train`; another measurement is a method of `Measured`, called
+after the step, and a field of its record.
 """
 import argparse
 import copy
@@ -60,7 +61,7 @@ LOSSES = {      # name: (the loss, a function or a module; the mining whose pair
 }
 MAY_CHANGE = {"epochs", "workers", "device", "out", "root", "allow_partial",    # on resuming
               "warmup_epochs"}                          # which has become warmup_steps by then
-COLLAPSED = 0.29    # of the 400 runs in results/logs, those with a lower spread had collapsed
+COLLAPSED = 0.29    # below this spread: all runs in results/logs that fell below it had collapsed
 
 
 def parse_args(argv=None):
@@ -120,10 +121,12 @@ def parse_args(argv=None):
     g("--amp", choices=("off", "bf16", "fp16"), help="mixed precision; the rounding of bf16 hides "
       "the drift that the log measures (fp16 on an Nvidia GPU, else off)")
     g("--chunk", type=number(int, 0), default=0, help="keep the activations of at most so many "
-      "images at a time, for one more forward pass: large batches on a small GPU (0: of all)")
+      "images, for one more forward pass: large batches on a small GPU. Batch norm in training "
+      "mode sees a chunk at a time (0: keep all)")
     g("--device", default="cuda" if torch.cuda.is_available() else "cpu",
       help="(a GPU if there is one)")
-    g("--seed", type=number(int, 0, below=2 ** 32), default=0, help="of everything random (0)")
+    g("--seed", type=number(int, 0, below=2 ** 32), default=0,
+      help="of weights, batches, augmentation and dropout (0)")
     g("--deterministic", action="store_true", help="the same bits on a GPU too, but slower")
     add("--out", type=os.path.expanduser,
         help="default runs/<dataset>-<method>-<loss>-b<batch>-s<seed>")
@@ -134,7 +137,7 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.warmup_steps is None and args.warmup_epochs is None:
-        args.warmup_epochs = args.epochs // 2
+        args.warmup_epochs = args.epochs // 2           # `train` turns epochs into steps
     on_gpu = args.device.startswith("cuda")
     if on_gpu and "LOCAL_RANK" in os.environ:       # torchrun's processes have one GPU each; where
         gpus = max(1, torch.cuda.device_count())    # a process sees its own alone, that is cuda:0
@@ -160,7 +163,7 @@ def join(device):
     if on_gpu:
         torch.cuda.set_device(torch.device(device).index or 0)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        try:    # the others wait while rank 0 searches; when a process dies torchrun ends them all
+        try:    # 4 hours: the other processes wait while rank 0 computes the scores
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=4))
         except ValueError as error:
             raise data.UserError("WORLD_SIZE is set as if torchrun had started several processes, "
@@ -197,7 +200,7 @@ def say(*lines):
         print(*lines, sep="\n", flush=True)
 
 
-# ------------------------------------------------- what is measured on the way
+# ------------------------------------------------- random numbers
 
 def generators(device):
     """{kind: torch's module of its random numbers}, of the CPU and of the device."""
@@ -230,14 +233,16 @@ def without_trace(model, device, state):
             set_random_state(device, before)
 
 
+# ------------------------------------------------- what is measured on the way
+
 class CountedLoss(nn.Module):
-    """A loss that counts the pairs which its mining leaves, each time that it is computed. (With
-    xbm+batch it is computed twice a step; the memory's pairs stay.)
+    """A loss that counts the pairs that its mining leaves. (xbm+batch calls it twice a step; the
+    counts of the second call, against the memory, stay.)
     """
 
     def __init__(self, loss, mine):
         super().__init__()
-        self.loss, self.mine = copy.deepcopy(loss), mine    # a module's weights are this run's own
+        self.loss, self.mine = copy.deepcopy(loss), mine    # each run trains its own weights
 
     def forward(self, sim, positive, negative):
         mined = self.mine(sim.detach(), positive, negative)                     # 2 x (B, N)
@@ -254,7 +259,7 @@ class Measured:
         self.epoch, self.steps, self.args = epoch, steps, args
         self.every = min(50, max(1, steps // 6))                # drift is measured at these steps
         self.step, self.drifts, self.spreads = 0, [], []
-        self.seen = torch.zeros(4, steps, device=args.device)   # loss, gradient norm, pairs mined
+        self.seen = torch.zeros(4, steps, device=args.device)   # loss, norm, positives, negatives
         self.start = self.shown = time.perf_counter()
 
     def add(self, loss, norm, pairs):
@@ -303,12 +308,12 @@ class Measured:
 def summary(seen, epoch, steps, args):
     """Means over the steps so far of an epoch, from seen (4, steps so far): loss, gradient norm,
     positives and negatives. A loss or gradient that is not finite ends the run. But fp16 skips a
-    step whose gradient overflows, unless it has skipped every step of the epoch.
+    step whose gradient overflows, unless it has skipped every step of the epoch, and ten or more.
     """
     losses, norms, positives, negatives = seen.tolist()
     taken = [norm for norm in norms if math.isfinite(norm)]
     fp16 = args.amp == "fp16"
-    may_skip = fp16 and (taken or len(losses) < steps)
+    may_skip = fp16 and (taken or len(losses) < max(steps, 10))
     for step, (loss, norm) in enumerate(zip(losses, norms), 1):
         if not math.isfinite(loss) or not (math.isfinite(norm) or may_skip):
             raise data.UserError(f"epoch {epoch}, step {step}: the loss or its gradient is not "
@@ -362,7 +367,8 @@ def make_model(args):
         raise data.UserError(f"--backbone {args.backbone}, --image-size {args.image_size}, --dim "
                              f"{args.dim}: {str(error)[:300]}") from None
     load_weights(model, args.backbone, args.weights)
-    plain = args.amp == "off" or args.device.startswith("mps")  # Apple's: wrong gradients otherwise
+    # channels_last is faster with --amp alone, and gives wrong gradients on Apple's GPUs.
+    plain = args.amp == "off" or args.device.startswith("mps")
     model.to(args.device, memory_format=torch.contiguous_format if plain else torch.channels_last)
     if args.bn == "train" and rank_and_world()[1] > 1 and args.device.startswith("cuda"):
         model = synchronised(model)
@@ -373,7 +379,7 @@ def synchronised(model):
     """The model with batch norm over the whole batch of all processes, by torch's SyncBatchNorm."""
     for name, layer in model.named_modules():
         if isinstance(layer, _BatchNorm) and type(layer) not in (
-                nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+                nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
             raise data.UserError(f"--backbone: its layer {name} is a {type(layer).__name__}, which "
                                  "torch would turn into a plain SyncBatchNorm; with several GPUs "
                                  "use --bn frozen")
@@ -381,7 +387,7 @@ def synchronised(model):
 
 
 def refuse_foreign_randomness(model, args):
-    """--chunk embeds each image twice, and can repeat torch's random numbers alone."""
+    """--chunk embeds each image twice. It can repeat torch's random numbers, but no others."""
     size, state, found = args.image_size, random_state(args.device), []
     x = torch.arange(12 * size ** 2).view(4, 3, size, size) % 251           # (4, 3, S, S)
     for _ in range(2):
@@ -439,7 +445,7 @@ def fill_memory(model, criterion, images, args):
 # ------------------------------------------------- the step
 
 def train_epoch(epoch, args, batches, network, model, criterion, optimizer, scaler):
-    """One epoch, step by step; returns its line of the log. network: the model, or DDP about it."""
+    """One epoch, step by step; returns its line of the log. network: the model, or DDP of it."""
     model.train()
     rate = args.lr * args.lr_decay ** sum(epoch > drop for drop in args.lr_drops)
     for group in optimizer.param_groups:
@@ -460,7 +466,7 @@ def train_epoch(epoch, args, batches, network, model, criterion, optimizer, scal
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, math.inf)     # () clips nothing
-        scaler.step(optimizer)                                  # fp16: not where norm is not finite
+        scaler.step(optimizer)                                  # fp16: not if the norm is infinite
         scaler.update()
         measured.add(loss, norm, criterion.loss.pairs)
         measured.drift(model, x, z, state)
@@ -468,7 +474,7 @@ def train_epoch(epoch, args, batches, network, model, criterion, optimizer, scal
 
 
 def evaluate(model, splits, val, args):
-    """Scores of the test split, and as val_... of the classes held out; none but on rank 0."""
+    """Scores of the test split, and val_... of the held-out classes; on rank 0 alone."""
     start, result = time.perf_counter(), {}
     held_out = [("val_", data.Splits(None, val), [1])] if val else []
     for prefix, part, ks in [("", splits, data.DATASETS[args.dataset].ks), *held_out]:
@@ -482,7 +488,7 @@ def evaluate(model, splits, val, args):
 # ------------------------------------------------- checkpoints and the log
 
 def claim(out):
-    """The folder's lock, which ends with the process, however that ends."""
+    """Locks the folder; the system frees the lock when the process ends."""
     lock = (out / "lock").open("w")
     try:
         import fcntl
@@ -546,7 +552,7 @@ def resume(path, args, fingerprint, parts):
         then, now = state["settings"].get(name), vars(args).get(name)
         if name not in MAY_CHANGE and then != now:
             raise data.UserError(f"{path}: was made with --{name.replace('_', '-')} {then}, now it "
-                                 f"is {now}; use another --out")
+                                 f"is {now}; give the former, or another --out")
     if state["data"] != fingerprint:
         raise data.UserError(f"{path}: was made with other data: their names or labels differ from "
                              f"those in {args.root}; use another --out")
@@ -621,7 +627,7 @@ def train(args):
 
     for epoch in range(len(records), args.epochs + 1):
         if epoch == 0:
-            if args.dim:
+            if args.dim and args.head_epochs:
                 train_head(model, batches, sampler, args.head_epochs, args.device, args.amp)
             settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
             record = {"epoch": 0, "settings": settings}
@@ -631,7 +637,7 @@ def train(args):
             if text := warning(record, len(batches)):
                 record["warning"] = text
                 say(f"warning: {text}")
-        if world > 1:       # rank 0's are saved: batch norm's statistics, and a loss's parameters
+        if world > 1:       # rank 0 saves: all get its batch-norm statistics and loss parameters
             for t in [*model.buffers(), *criterion.parameters()]:
                 dist.broadcast(t.detach(), 0)
         record.update(evaluate(model, splits, val, args))

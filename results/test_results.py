@@ -358,7 +358,7 @@ def test_variants_resume_with_the_images_of_their_rows(words, tmp_path, monkeypa
 
 def test_readme_memory_that_follows_the_batch_before_moves_as_the_variant_that_was_measured():
     scope, memory = {}, CrossBatchMemory(8, 24)
-    exec(readme_block("def loss_of") + readme_block("def follow"), scope)
+    exec(readme_block("def loss_of(queries") + readme_block("def follow"), scope)
     for k in range(4):
         z = rows(12, 8, seed=k, dtype=torch.float32)
         z[:, 3 + k] = 0.1                           # a dimension that is constant in one batch
