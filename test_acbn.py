@@ -730,19 +730,6 @@ def test_16_bit_inputs_and_autocast_change_nothing_but_the_inputs(method, dtype,
     assert run(double, 2, dtype=torch.float64)[1][0].dtype == torch.float64
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, Tempered()])
-@pytest.mark.parametrize("method", METHODS)
-def test_the_host_never_waits_and_no_device_is_mixed(method, loss, monkeypatch):
-    """torch's meta device has no values: reads by the host and tensors left on the CPU raise."""
-    monkeypatch.setattr(torch, "autocast",                      # which refuses "meta"
-                        lambda *_, **__: contextlib.nullcontext())
-    criterion = CrossBatchLoss(5, 20, method, copy.deepcopy(loss), warmup_steps=1).to("meta")
-    for mode in (criterion.train, criterion.eval):
-        mode()
-        assert all(loss.is_meta and grad.is_meta for loss, grad in run(criterion, 5, device="meta"))
-    criterion.reset()
-
-
 def fake_cuda_works():
     """Torch 2.5 with CUDA indexes fake CUDA tensors only where there is a driver."""
     with FakeTensorMode(), contextlib.suppress(RuntimeError):
@@ -773,7 +760,7 @@ class OneDevice(TorchDispatchMode):
 @pytest.mark.parametrize("loss", [*LOSSES, Tempered])
 @pytest.mark.parametrize("method", METHODS)
 def test_fake_cuda_tensors_meet_no_cpu_tensor_and_are_never_read(method, loss):
-    """Unlike the meta device, torch's fake tensors tell a scalar that the CPU hands to a GPU."""
+    """Fake tensors tell even of a scalar that the CPU hands to a GPU."""
     with FakeTensorMode():
         with torch.device("cuda"):
             criterion = CrossBatchLoss(5, 20, method, loss() if loss is Tempered else loss,
@@ -850,12 +837,6 @@ def test_acbn_imports_torch_alone():
     source = Path(acbn.__file__).read_text()
     assert set(re.findall(r"^\s*(?:import|from) (\w+)", source, re.M)) == {"torch"}
     assert source.startswith("# SPDX-License-Identifier: MIT\n")
-
-
-def test_every_reading_is_cited_where_it_is_taken():
-    code = Path(acbn.__file__).read_text().split('"""', 2)[2]
-    assert {int(n) for n in re.findall(r"# .*reading (\d)", code)} | {4} == set(range(1, 10))
-    assert "(reading 4)" in inspect.getdoc(acbn.pair_margin)
 
 
 # ------------------------------------------------- peers
@@ -1796,28 +1777,7 @@ def embedding_case():
     return evaluation.Encoder("conv4", 8), images
 
 
-# ------------------------------------------------- the scripts
-
-def test_train_writes_log_settings_and_checkpoints(tmp_path, capsys):
-    records = tiny(tmp_path, "--head-epochs", "1")
-    assert records == [json.loads(line)
-                       for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [r["epoch"] for r in records] == [0, 1, 2]
-    assert list(records[2])[0] == "epoch"
-    for key in ("loss", "lr", "gain", "positives_mined", "negatives_mined", "images_per_second",
-                "drift_mean", "drift_max", "spread", "recall@1", "recall@10", "map@r"):
-        assert math.isfinite(records[2][key]), key
-    assert records[2]["drift_max"] >= records[2]["drift_mean"] > 0
-    assert records[0]["settings"]["method"] == "axbn"
-    recalls = [r["recall@1"] for r in records]
-    best = max(recalls)
-    assert re.search(rf"Recall@1: last {100 * recalls[2]:.2f} \(epoch 2\), best {100 * best:.2f} ",
-                     capsys.readouterr().out.splitlines()[-1])
-    for name, recall in (("checkpoint.pt", recalls[2]), ("best.pt", best)):
-        evaluation.main([str(tmp_path / name)])
-        result = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert result["recall@1"] == pytest.approx(recall)
-
+# ------------------------------------------------- what train.py makes of its flags
 
 def test_presets_are_the_paper_s_run_and_a_gpu_gets_fp16(monkeypatch):
     monkeypatch.setattr(data, "usable_device", lambda *_: None)
@@ -1849,98 +1809,6 @@ def test_the_preset_of_a_folder_freezes_batch_norm_and_starts_the_memory_halfway
     with pytest.raises(SystemExit):
         train.parse_args(["--warmup-epochs", "1", "--warmup-steps", "5"])
     assert "not allowed with argument" in capsys.readouterr().err
-
-
-def test_a_device_that_runs_no_kernel_is_told(monkeypatch, capsys):
-    class Old:
-        def __add__(self, other):
-            raise RuntimeError("CUDA error: no kernel image is available for execution")
-    monkeypatch.setattr(torch, "ones", lambda *_, **__: Old())
-    with pytest.raises(SystemExit):
-        train.parse_args(["--device", "cuda:0"])
-    assert "--device cuda:0 cannot be used (CUDA error: no kernel image" in capsys.readouterr().err
-
-
-def test_a_tilde_is_the_home_folder_where_no_shell_says_so(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    args = train.parse_args(["--out=~/run", "--root=~/data", "--device", "cpu"])
-    assert (args.out, args.root) == ("/home/me/run", "/home/me/data")
-    args = evaluation.parse_args(["~/run/best.pt", "--root=~/data", "--device", "cpu"])
-    assert (str(args.file), args.root) == ("/home/me/run/best.pt", "/home/me/data")
-
-
-def test_random_numbers_are_those_of_the_cpu_and_of_the_device_of_the_run(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: 1 / 0)      # is not even asked
-    assert train.random_state("cpu").keys() == {"cpu"}
-    states = [torch.tensor([7])]
-    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states[-1])
-    monkeypatch.setattr(torch.mps, "set_rng_state", states.append)
-    state = train.random_state("mps:0")
-    assert state["mps"] == 7 and state["cpu"].numel() > 1000
-    states.append(torch.tensor([8]))
-    with train.without_trace(nn.Linear(1, 1), "mps", state):
-        assert states[-1] == 7
-    assert states[-1] == 8
-    train.set_random_state("cpu", state)                        # a run that goes on with a CPU
-
-
-@pytest.mark.parametrize("command", ["data.py --classes 3", "train.py --epochs 0 --classes 8 --out "
-                                     "OUT --image-size 16 --batch-size 8 --device cpu"])
-def test_scripts_run_without_a_standard_output(tmp_path, command):
-    words = command.replace("OUT", str(tmp_path / "run"))
-    done = subprocess.run(f"{sys.executable} {words} >&-", shell=True, cwd=HERE, text=True,
-                          stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert (done.returncode, done.stderr) == (0, "")
-    with contextlib.redirect_stdout(argparse.Namespace()):      # as Jupyter's: no reconfigure
-        data.tolerate_terminal()
-
-
-def momentum(parameters, lr, weight_decay, fused):
-    return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, fused=fused)
-
-
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, momentum])
-def test_train_resumes_the_same_whatever_the_layout_of_the_moments(
-        tmp_path, optimizer, monkeypatch):
-    monkeypatch.setattr(torch.optim, "AdamW", optimizer)
-    flags = ("--classes", "9", "--batch-size", "8")
-    tiny(tmp_path / "a", *flags, "--epochs", "1")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    state, laid_out = evaluation.load_file(tmp_path / "b" / "checkpoint.pt"), 0
-    for moments in state["optimizer"]["state"].values():
-        for name, t in moments.items():
-            if t.ndim == 4:                                     # as another device had it
-                laid_out += t.shape[1] > 1 and t.shape[2] > 1
-                moments[name] = t.contiguous(memory_format=torch.channels_last)
-    torch.save(state, tmp_path / "b" / "checkpoint.pt")
-    a, b = (tiny(tmp_path / run, *flags) and evaluation.load_file(tmp_path / run / "checkpoint.pt")
-            for run in ("a", "b"))
-    assert laid_out > 2 and same(a["model"], b["model"])
-
-
-@pytest.mark.parametrize("flags", [
-    *(f"--method {method} --fill-memory" for method in METHODS), "--loss tempered",
-    "--chunk 6 --workers 1 --val-fraction 0.3 --deterministic"])
-def test_train_resumes_exactly(tmp_path, flags, capsys, monkeypatch):
-    conv4, flags = evaluation.conv4, [*flags.split(), "--epochs", "3"]
-    monkeypatch.setattr(evaluation, "conv4", lambda batch_norm: nn.Sequential(
-        conv4(batch_norm), nn.Dropout(0.2)))            # draws from the global random numbers
-    monkeypatch.setitem(train.LOSSES, "tempered", (Tempered(), acbn.pair_margin))
-    whole = tiny(tmp_path / "whole", *flags)
-    for epochs in "13":
-        parts = tiny(tmp_path / "parts", *flags, "--epochs", epochs)
-    torch.use_deterministic_algorithms(False)
-    assert strip(whole) == strip(parts) and "after epoch 1" in capsys.readouterr().out
-    for name in ("checkpoint.pt", "best.pt"):
-        assert same(*(evaluation.load_file(tmp_path / n / name) for n in ("whole", "parts")))
-    criterion = evaluation.load_file(tmp_path / "whole" / "checkpoint.pt")["criterion"]
-    assert criterion.get("loss.loss.log_t", 0) != -1            # a loss's own parameter has moved
-
-
-def test_train_schedule_and_losses(tmp_path):
-    records = tiny(tmp_path, "--epochs", "3", "--lr-drops", "1", "2", "--lr-decay", "0.5",
-                   "--loss", "contrastive")
-    assert [r["lr"] for r in records[1:]] == [0.001, 0.0005, 0.00025]
 
 
 WRONG = {       # flags: part of the sentence
@@ -1979,7 +1847,52 @@ def test_train_refuses_wrong_flags_before_any_work(tmp_path, capsys, flags):
     assert not (tmp_path / "run").exists() and "Traceback" not in text
 
 
-# ------------------------------------------------- nothing is lost, nothing lies
+def test_a_device_that_runs_no_kernel_is_told(monkeypatch, capsys):
+    class Old:
+        def __add__(self, other):
+            raise RuntimeError("CUDA error: no kernel image is available for execution")
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: Old())
+    with pytest.raises(SystemExit):
+        train.parse_args(["--device", "cuda:0"])
+    assert "--device cuda:0 cannot be used (CUDA error: no kernel image" in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_folder_where_no_shell_says_so(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = train.parse_args(["--out=~/run", "--root=~/data", "--device", "cpu"])
+    assert (args.out, args.root) == ("/home/me/run", "/home/me/data")
+    args = evaluation.parse_args(["~/run/best.pt", "--root=~/data", "--device", "cpu"])
+    assert (str(args.file), args.root) == ("/home/me/run/best.pt", "/home/me/data")
+
+
+# ------------------------------------------------- the run and its log
+
+def test_train_writes_log_settings_and_checkpoints(tmp_path, capsys):
+    records = tiny(tmp_path, "--head-epochs", "1")
+    assert records == [json.loads(line)
+                       for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in records] == [0, 1, 2]
+    assert list(records[2])[0] == "epoch"
+    for key in ("loss", "lr", "gain", "positives_mined", "negatives_mined", "images_per_second",
+                "drift_mean", "drift_max", "spread", "recall@1", "recall@10", "map@r"):
+        assert math.isfinite(records[2][key]), key
+    assert records[2]["drift_max"] >= records[2]["drift_mean"] > 0
+    assert records[0]["settings"]["method"] == "axbn"
+    recalls = [r["recall@1"] for r in records]
+    best = max(recalls)
+    assert re.search(rf"Recall@1: last {100 * recalls[2]:.2f} \(epoch 2\), best {100 * best:.2f} ",
+                     capsys.readouterr().out.splitlines()[-1])
+    for name, recall in (("checkpoint.pt", recalls[2]), ("best.pt", best)):
+        evaluation.main([str(tmp_path / name)])
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert result["recall@1"] == pytest.approx(recall)
+
+
+def test_train_schedule_and_losses(tmp_path):
+    records = tiny(tmp_path, "--epochs", "3", "--lr-drops", "1", "2", "--lr-decay", "0.5",
+                   "--loss", "contrastive")
+    assert [r["lr"] for r in records[1:]] == [0.001, 0.0005, 0.00025]
+
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_train_is_the_same_whatever_the_number_of_workers(tmp_path, workers):
@@ -1988,159 +1901,6 @@ def test_train_is_the_same_whatever_the_number_of_workers(tmp_path, workers):
     a, b = (evaluation.load_file(tmp_path / w / "checkpoint.pt") for w in ("0", workers))
     assert same(a["rng"], b["rng"])                         # or a network with dropout would differ
     assert strip(none)[1:] != strip(tiny(tmp_path / "seed", "--seed", "1"))[1:]
-
-
-def same(a, b):
-    """Whether two checkpoints hold the same bits; times, --out and --epochs aside."""
-    if isinstance(a, dict):
-        free = {"images_per_second", "eval_seconds", "out", "epochs"}
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in free)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def whole_epochs(out):
-    """Counts logged epochs; fails on a torn or doubled line, or a checkpoint that does not fit."""
-    log = out / "log.jsonl"
-    epochs = ([json.loads(line)["epoch"] for line in log.read_text().splitlines()]
-              if log.exists() else [])
-    assert epochs == list(range(len(epochs)))
-    if (out / "checkpoint.pt").exists():
-        assert (evaluation.rebuild(out / "checkpoint.pt")[1]["epoch"] + 1
-                in (len(epochs), len(epochs) + 1))
-    return len(epochs)
-
-
-def test_train_ends_at_once_at_ctrl_c_and_leaves_the_folder_free(tmp_path):
-    flags = [*TINY, "--workers", "2", "--epochs", "9999", "--classes", "60", "--out", tmp_path]
-    run = subprocess.Popen([sys.executable, HERE / "train.py", *flags], cwd=HERE, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        while (line := run.stdout.readline()) and not line.startswith("epoch"):
-            pass
-        time.sleep(0.5)
-        os.killpg(run.pid, signal.SIGINT)           # as a terminal does: it goes to the workers too
-        code, words = run.wait(60), run.communicate(timeout=60)[1]
-        assert code == -signal.SIGINT and 'train.py", line' not in words, words
-    finally:
-        run.kill()
-    assert whole_epochs(tmp_path) > 0
-    train.claim(tmp_path).close()
-
-
-def test_two_runs_cannot_write_into_one_folder(tmp_path):
-    tiny(tmp_path, "--epochs", "0")
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with train.claim(tmp_path):                                 # this process is the first run
-        second = script("train.py", *TINY, "--out", tmp_path)
-    assert second.returncode == 1 and "another run is writing there" in second.stderr
-    assert "Traceback" not in second.stderr
-    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    assert len(tiny(tmp_path, "--epochs", "1")) == 2            # the lock left nothing behind
-
-
-def test_a_disk_without_locks_refuses_nothing(tmp_path, monkeypatch):
-    import fcntl
-
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr(fcntl, "lockf", no_locks)
-    assert len(tiny(tmp_path, "--epochs", "0")) == 1
-
-
-@pytest.mark.parametrize("code, fails", [("EINVAL", False), ("EIO", True)])
-def test_a_disk_without_fsync_is_written_to_and_a_broken_one_is_named(
-        tmp_path, monkeypatch, code, fails):
-    def fsync(_):
-        raise OSError(getattr(errno, code), "of the disk")
-    monkeypatch.setattr(os, "fsync", fsync)
-    with (pytest.raises(SystemExit, match="best.pt: cannot be written .*of the disk") if fails
-          else contextlib.nullcontext()):
-        assert len(tiny(tmp_path, "--epochs", "0")) == 1
-
-
-def test_file_names_that_are_no_utf8(tmp_path):
-    make_folder(tmp_path / "data")
-    odd = os.fsdecode(os.fsencode(tmp_path / "data" / "class4") + b"/\xff\xe9.jpg")
-    (tmp_path / "data" / "class4" / "16.jpg").rename(odd)
-    flags = ["--dataset", "folder", "--root", str(tmp_path / "data")]
-    train.main([*flags, *ON_REPLICA, "--epochs", "0", "--out", str(tmp_path / "run")])
-    evaluation.main([str(tmp_path / "run" / "best.pt"), "--device", "cpu",
-                     "--save", str(tmp_path / "z.npz")])
-
-
-def test_run_knows_the_data_that_it_was_trained_on(tmp_path, capsys):
-    root, out = tmp_path / "data", tmp_path / "run"
-    make_folder(root, "klmnop")
-    flags = ["--dataset", "folder", *ON_REPLICA, "--epochs", "1", "--out", str(out), "--root"]
-    train.main([*flags, str(root)])
-    shutil.copytree(root, tmp_path / "moved")
-    evaluation.main([str(out / "best.pt"), "--root", str(tmp_path / "moved")])
-    train.main([*flags, str(tmp_path / "moved"), "--workers", "1"])
-    (tmp_path / "moved" / "p").rename(tmp_path / "moved" / "a")
-    make_folder(root, "ab")
-    for other in (root, tmp_path / "moved"):
-        with pytest.raises(SystemExit, match="best.pt: was made with other data than lie in"):
-            evaluation.main([str(out / "best.pt"), "--root", str(other)])
-        with pytest.raises(SystemExit, match="checkpoint.pt: was made with other data"):
-            train.main([*flags, str(other), "--epochs", "2"])
-        evaluation.main([str(out / "best.pt"), "--dataset", "folder", "--root", str(other)])
-        told = capsys.readouterr()
-        assert "note: " in told.err and "recall@1" in told.out
-
-
-def test_a_log_without_its_checkpoint_is_kept_and_a_memory_that_never_starts_is_told(
-        tmp_path, capsys):
-    tiny(tmp_path, "--epochs", "1", "--warmup-steps", "5")
-    assert ("warning: --warmup-steps 5: the memory does not start in 1 epochs"
-            in capsys.readouterr().out)
-    log = (tmp_path / "log.jsonl").read_bytes()
-    (tmp_path / "checkpoint.pt").unlink()
-    with pytest.raises(SystemExit, match="holds a log without its checkpoint"):
-        tiny(tmp_path, "--epochs", "1", "--warmup-steps", "5")
-    assert log == (tmp_path / "log.jsonl").read_bytes()
-
-
-def test_checkpoints_that_do_not_fit_are_refused_with_a_sentence(tmp_path):
-    tiny(tmp_path, "--epochs", "0")
-    path = tmp_path / "checkpoint.pt"
-    good, whole_log = torch.load(path, weights_only=True), (tmp_path / "log.jsonl").read_text()
-    torn = path.read_bytes()[:9999]
-    with pytest.raises(SystemExit, match="was made with --lr 0.001, now it is 0.01"):
-        tiny(tmp_path, "--lr", "0.01")
-    for other, message in (({**good, "format": 1}, "not a checkpoint of this version of train.py"),
-                           ({"state_dict": {}}, "not a checkpoint of this version"),
-                           ({**good, "rng": []}, "made with 0 processes"),
-                           ([1], "not a checkp"), (b"torn", "cannot be read as a checkpoint"),
-                           (torn, "cannot be read as a checkpoint")):
-        path.write_bytes(other) if isinstance(other, bytes) else torch.save(other, path)
-        with pytest.raises(SystemExit, match=f"checkpoint.pt: .*{message}"):
-            tiny(tmp_path)
-        assert whole_log == (tmp_path / "log.jsonl").read_text()
-    with pytest.raises(SystemExit, match="cannot be read as a checkpoint"):
-        evaluation.main([str(path)])
-
-
-def test_write_on_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
-    if not os.path.exists("/dev/full"):
-        pytest.skip("needs /dev/full")
-    tiny(tmp_path, "--epochs", "1")
-    for name in ("checkpoint.pt", "log.jsonl"):
-        before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-        (tmp_path / f"{name}.part").symlink_to("/dev/full")   # every write: no space left on device
-        with pytest.raises(SystemExit, match=f"{name}: cannot be written .*"
-                           "(No space left|failed writing|unexpected pos)"):
-            tiny(tmp_path, "--epochs", "2")
-        (tmp_path / f"{name}.part").unlink()
-        assert before[name] == (tmp_path / name).read_bytes() and whole_epochs(tmp_path)
-    tiny(tmp_path), tiny(tmp_path / "whole")
-    assert same(*(evaluation.load_file(out / "checkpoint.pt")
-                  for out in (tmp_path, tmp_path / "whole")))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match="file"):       # a folder that cannot be made
-        tiny(tmp_path / "file" / "run")
 
 
 def test_train_names_a_loss_or_gradient_that_is_not_finite(tmp_path):
@@ -2209,7 +1969,25 @@ def test_train_in_fp16_skips_and_counts_steps_whose_scaled_gradient_overflows(
     assert all(v.isfinite().all() for part in ("model", "criterion") for v in state[part].values())
 
 
-# ------------------------------------------------- what is measured on the way
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_step_in_fp16_makes_the_host_wait_nowhere(method, monkeypatch):
+    args = train.parse_args([*TINY, "--method", method, "--device", "cuda", "--amp", "fp16"])
+    _, splits, _, sampler = train.load_data(args)
+    model = train.make_model(args)
+    criterion = train.make_criterion(args, model.dim, splits.train)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    batches = data.loader(data.Images(splits.train, 16, "none", training=True), pin_memory=True,
+                          batch_sampler=data.Seeded(sampler))
+    parts = (batches, model, model, criterion, optimizer, torch.amp.GradScaler("cuda"))
+    train.train_epoch(1, args, *parts)                          # the first one sets cuDNN up
+    monkeypatch.setattr(train.Measured, "record", lambda *_: None)      # the end may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train.train_epoch(2, args, *parts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
 
 def test_measuring_leaves_no_trace_in_the_training(tmp_path, monkeypatch):
     """Drift is measured at every step, and then at none."""
@@ -2280,6 +2058,268 @@ def test_filling_the_memory_leaves_no_trace_and_gives_every_process_the_same_row
     tiny(tmp_path, "--fill-memory")
     assert len(filled) == 2                                 # it is filled once in a run
 
+
+@pytest.mark.parametrize("name", MAKE)
+def test_scripts_train_and_evaluate_on_each_replica(tmp_path, name, capsys):
+    (tmp_path / "data").mkdir()
+    MAKE[name](tmp_path / "data")
+    flags = ["--dataset", name, "--root", str(tmp_path / "data"), "--allow-partial"]
+    data.main([*flags, "--check"])
+    assert "gallery" in capsys.readouterr().out
+    fraction = {"df2": "0.25", "folder": "0", "sop": "0"}.get(name, "0.5")
+    records = train.main([*flags, *ON_REPLICA, "--epochs", "1", "--out", str(tmp_path / "run"),
+                          "--val-fraction", fraction])
+    held_out = "held-out training classes" in capsys.readouterr().out
+    assert held_out == ("val_recall@1" in records[-1]) == (fraction != "0")
+    evaluation.main([str(tmp_path / "run" / "checkpoint.pt"), "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["recall@1"] == pytest.approx(records[-1]["recall@1"])
+
+
+# ------------------------------------------------- resume
+
+def same(a, b):
+    """Whether two checkpoints hold the same bits; times, --out and --epochs aside."""
+    if isinstance(a, dict):
+        free = {"images_per_second", "eval_seconds", "out", "epochs"}
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in free)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("flags", [
+    *(f"--method {method} --fill-memory" for method in METHODS), "--loss tempered",
+    "--chunk 6 --workers 1 --val-fraction 0.3 --deterministic"])
+def test_train_resumes_exactly(tmp_path, flags, capsys, monkeypatch):
+    conv4, flags = evaluation.conv4, [*flags.split(), "--epochs", "3"]
+    monkeypatch.setattr(evaluation, "conv4", lambda batch_norm: nn.Sequential(
+        conv4(batch_norm), nn.Dropout(0.2)))            # draws from the global random numbers
+    monkeypatch.setitem(train.LOSSES, "tempered", (Tempered(), acbn.pair_margin))
+    whole = tiny(tmp_path / "whole", *flags)
+    for epochs in "13":
+        parts = tiny(tmp_path / "parts", *flags, "--epochs", epochs)
+    torch.use_deterministic_algorithms(False)
+    assert strip(whole) == strip(parts) and "after epoch 1" in capsys.readouterr().out
+    for name in ("checkpoint.pt", "best.pt"):
+        assert same(*(evaluation.load_file(tmp_path / n / name) for n in ("whole", "parts")))
+    criterion = evaluation.load_file(tmp_path / "whole" / "checkpoint.pt")["criterion"]
+    assert criterion.get("loss.loss.log_t", 0) != -1            # a loss's own parameter has moved
+
+
+def momentum(parameters, lr, weight_decay, fused):
+    return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, fused=fused)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, momentum])
+def test_train_resumes_the_same_whatever_the_layout_of_the_moments(
+        tmp_path, optimizer, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", optimizer)
+    flags = ("--classes", "9", "--batch-size", "8")
+    tiny(tmp_path / "a", *flags, "--epochs", "1")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    state, laid_out = evaluation.load_file(tmp_path / "b" / "checkpoint.pt"), 0
+    for moments in state["optimizer"]["state"].values():
+        for name, t in moments.items():
+            if t.ndim == 4:                                     # as another device had it
+                laid_out += t.shape[1] > 1 and t.shape[2] > 1
+                moments[name] = t.contiguous(memory_format=torch.channels_last)
+    torch.save(state, tmp_path / "b" / "checkpoint.pt")
+    a, b = (tiny(tmp_path / run, *flags) and evaluation.load_file(tmp_path / run / "checkpoint.pt")
+            for run in ("a", "b"))
+    assert laid_out > 2 and same(a["model"], b["model"])
+
+
+def test_random_numbers_are_those_of_the_cpu_and_of_the_device_of_the_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: 1 / 0)      # is not even asked
+    assert train.random_state("cpu").keys() == {"cpu"}
+    states = [torch.tensor([7])]
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states[-1])
+    monkeypatch.setattr(torch.mps, "set_rng_state", states.append)
+    state = train.random_state("mps:0")
+    assert state["mps"] == 7 and state["cpu"].numel() > 1000
+    states.append(torch.tensor([8]))
+    with train.without_trace(nn.Linear(1, 1), "mps", state):
+        assert states[-1] == 7
+    assert states[-1] == 8
+    train.set_random_state("cpu", state)                        # a run that goes on with a CPU
+
+
+def whole_epochs(out):
+    """Counts logged epochs; fails on a torn or doubled line, or a checkpoint that does not fit."""
+    log = out / "log.jsonl"
+    epochs = ([json.loads(line)["epoch"] for line in log.read_text().splitlines()]
+              if log.exists() else [])
+    assert epochs == list(range(len(epochs)))
+    if (out / "checkpoint.pt").exists():
+        assert (evaluation.rebuild(out / "checkpoint.pt")[1]["epoch"] + 1
+                in (len(epochs), len(epochs) + 1))
+    return len(epochs)
+
+
+def test_train_ends_at_once_at_ctrl_c_and_leaves_the_folder_free(tmp_path):
+    flags = [*TINY, "--workers", "2", "--epochs", "9999", "--classes", "60", "--out", tmp_path]
+    run = subprocess.Popen([sys.executable, HERE / "train.py", *flags], cwd=HERE, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        while (line := run.stdout.readline()) and not line.startswith("epoch"):
+            pass
+        time.sleep(0.5)
+        os.killpg(run.pid, signal.SIGINT)           # as a terminal does: it goes to the workers too
+        code, words = run.wait(60), run.communicate(timeout=60)[1]
+        assert code == -signal.SIGINT and 'train.py", line' not in words, words
+    finally:
+        run.kill()
+    assert whole_epochs(tmp_path) > 0
+    train.claim(tmp_path).close()
+
+
+def test_run_knows_the_data_that_it_was_trained_on(tmp_path, capsys):
+    root, out = tmp_path / "data", tmp_path / "run"
+    make_folder(root, "klmnop")
+    flags = ["--dataset", "folder", *ON_REPLICA, "--epochs", "1", "--out", str(out), "--root"]
+    train.main([*flags, str(root)])
+    shutil.copytree(root, tmp_path / "moved")
+    evaluation.main([str(out / "best.pt"), "--root", str(tmp_path / "moved")])
+    train.main([*flags, str(tmp_path / "moved"), "--workers", "1"])
+    (tmp_path / "moved" / "p").rename(tmp_path / "moved" / "a")
+    make_folder(root, "ab")
+    for other in (root, tmp_path / "moved"):
+        with pytest.raises(SystemExit, match="best.pt: was made with other data than lie in"):
+            evaluation.main([str(out / "best.pt"), "--root", str(other)])
+        with pytest.raises(SystemExit, match="checkpoint.pt: was made with other data"):
+            train.main([*flags, str(other), "--epochs", "2"])
+        evaluation.main([str(out / "best.pt"), "--dataset", "folder", "--root", str(other)])
+        told = capsys.readouterr()
+        assert "note: " in told.err and "recall@1" in told.out
+
+
+def test_a_log_without_its_checkpoint_is_kept_and_a_memory_that_never_starts_is_told(
+        tmp_path, capsys):
+    tiny(tmp_path, "--epochs", "1", "--warmup-steps", "5")
+    assert ("warning: --warmup-steps 5: the memory does not start in 1 epochs"
+            in capsys.readouterr().out)
+    log = (tmp_path / "log.jsonl").read_bytes()
+    (tmp_path / "checkpoint.pt").unlink()
+    with pytest.raises(SystemExit, match="holds a log without its checkpoint"):
+        tiny(tmp_path, "--epochs", "1", "--warmup-steps", "5")
+    assert log == (tmp_path / "log.jsonl").read_bytes()
+
+
+# ------------------------------------------------- broken files, disks and terminals
+
+def test_checkpoints_that_do_not_fit_are_refused_with_a_sentence(tmp_path):
+    tiny(tmp_path, "--epochs", "0")
+    path = tmp_path / "checkpoint.pt"
+    good, whole_log = torch.load(path, weights_only=True), (tmp_path / "log.jsonl").read_text()
+    torn = path.read_bytes()[:9999]
+    with pytest.raises(SystemExit, match="was made with --lr 0.001, now it is 0.01"):
+        tiny(tmp_path, "--lr", "0.01")
+    for other, message in (({**good, "format": 1}, "not a checkpoint of this version of train.py"),
+                           ({"state_dict": {}}, "not a checkpoint of this version"),
+                           ({**good, "rng": []}, "made with 0 processes"),
+                           ([1], "not a checkp"), (b"torn", "cannot be read as a checkpoint"),
+                           (torn, "cannot be read as a checkpoint")):
+        path.write_bytes(other) if isinstance(other, bytes) else torch.save(other, path)
+        with pytest.raises(SystemExit, match=f"checkpoint.pt: .*{message}"):
+            tiny(tmp_path)
+        assert whole_log == (tmp_path / "log.jsonl").read_text()
+    with pytest.raises(SystemExit, match="cannot be read as a checkpoint"):
+        evaluation.main([str(path)])
+
+
+def test_write_on_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    tiny(tmp_path, "--epochs", "1")
+    for name in ("checkpoint.pt", "log.jsonl"):
+        before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+        (tmp_path / f"{name}.part").symlink_to("/dev/full")   # every write: no space left on device
+        with pytest.raises(SystemExit, match=f"{name}: cannot be written .*"
+                           "(No space left|failed writing|unexpected pos)"):
+            tiny(tmp_path, "--epochs", "2")
+        (tmp_path / f"{name}.part").unlink()
+        assert before[name] == (tmp_path / name).read_bytes() and whole_epochs(tmp_path)
+    tiny(tmp_path), tiny(tmp_path / "whole")
+    assert same(*(evaluation.load_file(out / "checkpoint.pt")
+                  for out in (tmp_path, tmp_path / "whole")))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="file"):       # a folder that cannot be made
+        tiny(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("code, fails", [("EINVAL", False), ("EIO", True)])
+def test_a_disk_without_fsync_is_written_to_and_a_broken_one_is_named(
+        tmp_path, monkeypatch, code, fails):
+    def fsync(_):
+        raise OSError(getattr(errno, code), "of the disk")
+    monkeypatch.setattr(os, "fsync", fsync)
+    with (pytest.raises(SystemExit, match="best.pt: cannot be written .*of the disk") if fails
+          else contextlib.nullcontext()):
+        assert len(tiny(tmp_path, "--epochs", "0")) == 1
+
+
+def test_a_disk_without_locks_refuses_nothing(tmp_path, monkeypatch):
+    import fcntl
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    assert len(tiny(tmp_path, "--epochs", "0")) == 1
+
+
+def test_two_runs_cannot_write_into_one_folder(tmp_path):
+    tiny(tmp_path, "--epochs", "0")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with train.claim(tmp_path):                                 # this process is the first run
+        second = script("train.py", *TINY, "--out", tmp_path)
+    assert second.returncode == 1 and "another run is writing there" in second.stderr
+    assert "Traceback" not in second.stderr
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert len(tiny(tmp_path, "--epochs", "1")) == 2            # the lock left nothing behind
+
+
+def test_file_names_that_are_no_utf8(tmp_path):
+    make_folder(tmp_path / "data")
+    odd = os.fsdecode(os.fsencode(tmp_path / "data" / "class4") + b"/\xff\xe9.jpg")
+    (tmp_path / "data" / "class4" / "16.jpg").rename(odd)
+    flags = ["--dataset", "folder", "--root", str(tmp_path / "data")]
+    train.main([*flags, *ON_REPLICA, "--epochs", "0", "--out", str(tmp_path / "run")])
+    evaluation.main([str(tmp_path / "run" / "best.pt"), "--device", "cpu",
+                     "--save", str(tmp_path / "z.npz")])
+
+
+@pytest.mark.parametrize("command", ["data.py --classes 3", "train.py --epochs 0 --classes 8 --out "
+                                     "OUT --image-size 16 --batch-size 8 --device cpu"])
+def test_scripts_run_without_a_standard_output(tmp_path, command):
+    words = command.replace("OUT", str(tmp_path / "run"))
+    done = subprocess.run(f"{sys.executable} {words} >&-", shell=True, cwd=HERE, text=True,
+                          stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stderr) == (0, "")
+    with contextlib.redirect_stdout(argparse.Namespace()):      # as Jupyter's: no reconfigure
+        data.tolerate_terminal()
+
+
+def test_scripts_fail_with_one_sentence_and_without_a_traceback(tmp_path):
+    make_sop(tmp_path, train=(4, 4, 4, 4), test=(4, 4))
+    base = tmp_path / "Stanford_Online_Products"
+    odd = os.fsdecode(b"bicycle_final/\xff.JPG")            # no UTF-8, and no terminal can print it
+    victim = sorted((base / "bicycle_final").iterdir())[1].rename(base / odd)
+    lists = (base / "Ebay_train.txt").read_bytes()
+    lists = lists.replace(b"bicycle_final/110000000001_1.JPG", os.fsencode(odd))
+    (base / "Ebay_train.txt").write_bytes(lists)
+    victim.write_bytes(b"broken")
+    sop = ["--dataset", "sop", "--root", tmp_path, "--allow-partial"]
+    conv4 = ("--backbone conv4 --weights none --head-epochs 0 --batch-size 8 --device cpu "
+             "--workers 2 --out").split()
+    result = script("train.py", *sop, *conv4, tmp_path / "run", PYTHONIOENCODING="ascii")
+    assert (".JPG: cannot be read as an image" in result.stderr
+            and result.returncode == 1), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# ------------------------------------------------- several processes
 
 # Two gloo processes with half the batch each, against one process with the whole batch.
 
@@ -2413,41 +2453,6 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in log] == [0, 1]
     assert evaluation.rebuild(tmp_path / "run" / "checkpoint.pt")[1]["epoch"] == 1
-
-
-def test_scripts_fail_with_one_sentence_and_without_a_traceback(tmp_path):
-    make_sop(tmp_path, train=(4, 4, 4, 4), test=(4, 4))
-    base = tmp_path / "Stanford_Online_Products"
-    odd = os.fsdecode(b"bicycle_final/\xff.JPG")            # no UTF-8, and no terminal can print it
-    victim = sorted((base / "bicycle_final").iterdir())[1].rename(base / odd)
-    lists = (base / "Ebay_train.txt").read_bytes()
-    lists = lists.replace(b"bicycle_final/110000000001_1.JPG", os.fsencode(odd))
-    (base / "Ebay_train.txt").write_bytes(lists)
-    victim.write_bytes(b"broken")
-    sop = ["--dataset", "sop", "--root", tmp_path, "--allow-partial"]
-    conv4 = ("--backbone conv4 --weights none --head-epochs 0 --batch-size 8 --device cpu "
-             "--workers 2 --out").split()
-    result = script("train.py", *sop, *conv4, tmp_path / "run", PYTHONIOENCODING="ascii")
-    assert (".JPG: cannot be read as an image" in result.stderr
-            and result.returncode == 1), result.stderr
-    assert "Traceback" not in result.stderr
-
-
-@pytest.mark.parametrize("name", MAKE)
-def test_scripts_train_and_evaluate_on_each_replica(tmp_path, name, capsys):
-    (tmp_path / "data").mkdir()
-    MAKE[name](tmp_path / "data")
-    flags = ["--dataset", name, "--root", str(tmp_path / "data"), "--allow-partial"]
-    data.main([*flags, "--check"])
-    assert "gallery" in capsys.readouterr().out
-    fraction = {"df2": "0.25", "folder": "0", "sop": "0"}.get(name, "0.5")
-    records = train.main([*flags, *ON_REPLICA, "--epochs", "1", "--out", str(tmp_path / "run"),
-                          "--val-fraction", fraction])
-    held_out = "held-out training classes" in capsys.readouterr().out
-    assert held_out == ("val_recall@1" in records[-1]) == (fraction != "0")
-    evaluation.main([str(tmp_path / "run" / "checkpoint.pt"), "--device", "cpu"])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["recall@1"] == pytest.approx(records[-1]["recall@1"])
 
 
 # ------------------------------------------------- the README
