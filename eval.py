@@ -19,6 +19,8 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch starts, see train.py
+
 import numpy as np
 import torch
 import torchvision

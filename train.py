@@ -25,6 +25,10 @@ from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 
+# Threads that wait sleep. They would spin, on cores that others need: beside two busy programs two
+# cores train 1.4 to 3 times as fast this way, and 0.7 times as fast where nothing else runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch starts its threads
+
 import torch
 import torch.distributed as dist
 from torch import nn
