@@ -194,14 +194,15 @@ def check_batch(z, y, buffer):
     the device of the buffer (..., dim), which is in float32 at least.
     """
     if not isinstance(y, torch.Tensor) or y.is_floating_point():
-        raise ValueError(f"labels must be a tensor of integers, got {getattr(y, 'dtype', type(y))}")
+        raise ValueError(f"labels must be a tensor of integers, got {type(y)} of "
+                         f"{getattr(y, 'dtype', None)}")
     if z.ndim != 2 or z.shape[1] != buffer.shape[-1] or y.shape != z.shape[:1] or len(z) == 0:
         raise ValueError(f"expected embeddings (B, {buffer.shape[-1]}) and labels (B,) with B at "
                          f"least 1, got {tuple(z.shape)} and {tuple(y.shape)}")
     if not z.device == y.device == buffer.device or buffer.dtype.itemsize < 4:
         raise ValueError(f"embeddings are on {z.device}, labels on {y.device}, the memory is on "
-                         f"{buffer.device} in {buffer.dtype}; move it with criterion.to(device), "
-                         "and keep it in float32")
+                         f"{buffer.device} in {buffer.dtype}; bring all to one device, the memory "
+                         "with criterion.to(device), and keep it in float32")
 
 
 class CrossBatchMemory(torch.nn.Module):
@@ -277,9 +278,11 @@ class CrossBatchLoss(torch.nn.Module):
         if min(noises) < 0 or max(noises) == 0:
             raise ValueError("process_noise and measurement_noise must be at least 0 and not both "
                              f"0, got {noises}")
-        if gain_interval < 1 or not 0 <= momentum < 1:
-            raise ValueError("gain_interval must be at least 1 and momentum in [0, 1), "
-                             f"got {gain_interval} and {momentum}")
+        if gain_interval < 1 or warmup_steps < 0 or gain_interval % 1 or warmup_steps % 1:
+            raise ValueError("gain_interval must be an integer from 1 on and warmup_steps must be "
+                             f"one from 0 on, got {gain_interval} and {warmup_steps}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         self.method, self.loss, self.momentum = method, loss, momentum
         self.q, self.r, self.gain_interval = process_noise, measurement_noise, gain_interval
         self.warmup_steps = warmup_steps

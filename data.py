@@ -9,9 +9,11 @@ A data set is one function that returns splits, and a row in DATASETS; its flags
 Images are files, or rows of a uint8 array; labels are int64. Everything random comes from a seed.
 """
 import argparse
+import errno
 import hashlib
 import json
 import math
+import mimetypes
 import os
 import sys
 import unicodedata
@@ -64,7 +66,28 @@ def number(kind, low, above=False, below=math.inf):
 
 def file_path(text):
     """An argparse type: a path. Its ~ is the home folder also where no shell says so (--x=~/y)."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
+
+
+def write(path, save):
+    """save(file), whole or not at all: what it writes takes the place of `path` at the end."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            save(file)
+            file.flush()
+            sync(file)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:        # the latter from torch.save on a full disk
+        raise UserError(f"{path}: cannot be written ({error})") from None
+
+
+def sync(file):
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):    # a network disk that has no fsync
+            raise
 
 
 def add_flags(add):
@@ -249,7 +272,8 @@ def read_folder(root):
         inside, end = Path(path).relative_to(root).parts, Path(path).suffix.lower()
         if any(part.startswith((".", "__MACOSX")) for part in inside):
             return False
-        if end in readable and end not in IMG_EXTENSIONS:
+        picture = end in readable or (mimetypes.guess_type(path)[0] or "").startswith("image/")
+        if picture and end not in IMG_EXTENSIONS:
             left_out[end] += 1
         return end in IMG_EXTENSIONS
     try:
@@ -263,9 +287,18 @@ def read_folder(root):
     if deeper:
         print(f"note: {len(deeper)} images lie deeper than their class folder, such as "
               f"{deeper[0]}; their class is the folder directly below {root}", file=sys.stderr)
-    names = [found.classes[label] for _, label in found.samples]
-    ids = {name: label for label, name in enumerate(sorted(set(names)))}
-    return make_split([(path, ids[name]) for (path, _), name in zip(found.samples, names)]), names
+    def place(path):            # by which images are sorted, the same on every system
+        inside = Path(path).relative_to(root)
+        return tuple(map(composed, (inside.parts[0], inside.parent, inside.name)))
+    paths = sorted((path for path, _ in found.samples), key=place)
+    names = [place(path)[0] for path in paths]
+    ids = {name: label for label, name in enumerate(dict.fromkeys(names))}
+    return make_split([(path, ids[name]) for path, name in zip(paths, names)]), names
+
+
+def composed(name):
+    """A name with its accents in the composed form (NFC): systems keep them in either form."""
+    return unicodedata.normalize("NFC", str(name))
 
 
 def folder(root):
@@ -410,7 +443,7 @@ def names(splits):
 
 def fingerprint(splits):
     """A hash of the images' relative names, labels and boxes, the same on every system."""
-    content = [unicodedata.normalize("NFC", repr(names(splits))).encode()]
+    content = [composed(repr(names(splits))).encode()]
     for part in filter(None, splits):
         content += [array.numpy().tobytes() for array in part[1:] if array is not None]
     return hashlib.sha256(b"".join(content)).hexdigest()[:16]

@@ -140,8 +140,9 @@ def own_backbone(name, size):
     if make is None:
         raise data.UserError(f"--backbone {name}: module '{module}' has no attribute '{function}'")
     backbone = make()
+    backbone.eval()
     with torch.no_grad():
-        features = backbone.eval()(torch.zeros(2, 3, size, size))
+        features = backbone(torch.zeros(2, 3, size, size))
     shape = tuple(getattr(features, "shape", ()))       # (): no tensor, but a dictionary
     if len(shape) != 2 or shape[0] != 2:
         raise data.UserError(f"--backbone {name}: expected features (2, width) of two images, "
@@ -230,7 +231,7 @@ def load_weights(encoder, backbone, weights):
             raise data.UserError(f"{weights}: not a state_dict but a {type(state).__name__}")
     try:
         encoder.backbone.load_state_dict(for_network(state, encoder.backbone))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise data.UserError(f"--weights {weights}, --backbone {backbone}: {error}") from None
 
 
@@ -239,13 +240,23 @@ def for_network(state, network):
     `torchvision_backbone` took away.
     """
     own, state = network.state_dict(), {str(name): value for name, value in state.items()}
-    inside = [name for name in state if name.startswith("backbone.")]       # of an Encoder
-    state = {name.removeprefix("backbone."): state[name] for name in inside or state}
-    prefix = re.compile(r"^((module|backbone|model|_orig_mod)\.)+")
-    state = {name if name in own else prefix.sub("", name): v for name, v in state.items()}
+    inside = {name.removeprefix("backbone."): value for name, value in state.items()
+              if name.startswith("backbone.")}
+    if own.keys() <= inside.keys():                                         # of an Encoder
+        state = inside
+    named = {own_name(name, own): value for name, value in state.items()}
+    if len(named) < len(state):
+        raise ValueError("two of its names become one without the prefix of DDP or of a wrapper")
     gone = tuple(f"{name}." for name, layer in network.named_modules()
                  if isinstance(layer, Removed))
-    return {name: v for name, v in state.items() if name in own or not name.startswith(gone)}
+    return {name: v for name, v in named.items() if name in own or not name.startswith(gone)}
+
+
+def own_name(name, own):
+    """The name without the prefixes that wrappers put there, as far as a name in `own` needs it."""
+    while name not in own and re.match(r"(module|backbone|model|_orig_mod)\.", name):
+        name = name.partition(".")[2]
+    return name
 
 
 def load_file(path):
@@ -270,7 +281,11 @@ def rebuild(path):
     settings = state["settings"]
     model = Encoder(settings["backbone"], settings["dim"], settings["bn"] == "frozen",
                     settings["chunk"], settings["image_size"])
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise data.UserError(f"{path}: does not fit --backbone {settings['backbone']} as it is "
+                             f"now: {error}") from None
     return model.eval(), state
 
 
@@ -313,7 +328,7 @@ def save_embeddings(path, splits, query, gallery, ks):
         if z is not None:
             arrays.update({name: z.cpu().numpy(), f"{name}_labels": y.cpu().numpy(),
                            f"{name}_names": np.array(names[name])})
-    np.savez(path, **arrays)
+    data.write(path, lambda file: np.savez(file, **arrays))
 
 
 def read_embeddings(path):

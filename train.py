@@ -13,15 +13,17 @@ after the step, and a field of its record.
 """
 import argparse
 import copy
-import errno
 import json
 import math
 import os
+import pickle
+import random
 import signal
 import sys
 import time
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -29,6 +31,7 @@ from statistics import fmean
 # cores train 1.4 to 3 times as fast this way, and 0.7 times as fast where nothing else runs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch starts its threads
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -105,7 +108,8 @@ def parse_args(argv=None):
     g = p.add_argument_group("model").add_argument
     g("--backbone", help="conv4, conv4-nobn, a torchvision classifier, or MODULE:FUNCTION, which "
       "returns a network from images to features (B, width) (preset)")
-    g("--weights", help="imagenet, none, or a file with a state_dict (preset)")
+    g("--weights", type=os.path.expanduser,
+      help="imagenet, none, or a file with a state_dict (preset)")
     g("--dim", type=number(int, 0),
       help="size of the embedding; 0: the backbone's own features, without a new layer (preset)")
     g("--bn", choices=("train", "frozen"), help="batch norm uses the batch's statistics, as in the "
@@ -140,8 +144,6 @@ def parse_args(argv=None):
     for name, value in PRESETS.get(args.dataset, PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.warmup_steps is None and args.warmup_epochs is None:
-        args.warmup_epochs = args.epochs // 2           # `train` turns epochs into steps
     on_gpu = args.device.startswith("cuda")
     if on_gpu and "LOCAL_RANK" in os.environ:       # torchrun's processes have one GPU each; where
         gpus = max(1, torch.cuda.device_count())    # a process sees its own alone, that is cuda:0
@@ -392,14 +394,30 @@ def synchronised(model):
 
 def refuse_foreign_randomness(model, args):
     """--chunk embeds each image twice. It can repeat torch's random numbers, but no others."""
-    size, state, found = args.image_size, random_state(args.device), []
+    def others():
+        return pickle.dumps((random.getstate(), np.random.get_state()))
+    size, state, found, before = args.image_size, random_state(args.device), [], others()
     x = torch.arange(12 * size ** 2).view(4, 3, size, size) % 251           # (4, 3, S, S)
     for _ in range(2):
         with without_trace(model, args.device, state):
             found.append(model(x.to(args.device)))                          # (4, D)
-    if not torch.allclose(*found, rtol=1e-3, atol=1e-3 * float(found[0].abs().max())):
+    alike = torch.allclose(*found, rtol=1e-3, atol=1e-3 * float(found[0].abs().max()))
+    if not alike or others() != before:
         raise data.UserError(f"--chunk: {args.backbone} draws random numbers that are not torch's, "
                              "which cannot be repeated on the way back")
+
+
+def warmup_steps(args, steps):
+    """The warm-up in steps, of `steps` an epoch. A folder without flags has half of the epochs that
+    its run began with.
+    """
+    if args.warmup_epochs is not None:
+        return args.warmup_epochs * steps
+    if args.warmup_steps is not None:
+        return args.warmup_steps
+    path = Path(args.out) / "checkpoint.pt"
+    begun = load_checkpoint(path)["settings"] if path.exists() else {}
+    return begun.get("warmup_steps", args.epochs // 2 * steps)
 
 
 def make_criterion(args, dim, split):
@@ -505,29 +523,9 @@ def claim(out):
     return lock
 
 
-def write(path, content):
-    """Text, or anything torch.save takes, written whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
-            file.flush()
-            sync(file)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:        # the latter from torch.save on a full disk
-        raise data.UserError(f"{path}: cannot be written ({error})") from None
-
-
-def sync(file):
-    try:
-        os.fsync(file.fileno())
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):    # a network disk that has no fsync
-            raise
-
-
 def write_log(out, records):
-    write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    data.write(out / "log.jsonl", lambda file: file.write(lines.encode()))
 
 
 def best_of(records):
@@ -543,9 +541,10 @@ def save(args, fingerprint, parts, records):
         state = {"format": FORMAT, "epoch": epoch, "settings": vars(args), "data": fingerprint,
                  "model": parts["model"].state_dict()}
         if best_of(records)["epoch"] == epoch:
-            write(out / "best.pt", state)
+            data.write(out / "best.pt", partial(torch.save, state))
         state.update({name: part.state_dict() for name, part in parts.items()})
-        write(out / "checkpoint.pt", {**state, "records": records, "rng": states})
+        state.update(records=records, rng=states)
+        data.write(out / "checkpoint.pt", partial(torch.save, state))
         write_log(out, records)
 
 
@@ -563,8 +562,12 @@ def resume(path, args, fingerprint, parts):
     if len(state["rng"]) != world:
         raise data.UserError(f"{path}: was made with {len(state['rng'])} processes, now there are "
                              f"{world}")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (RuntimeError, ValueError) as error:
+        raise data.UserError(f"{path}: does not fit --backbone {args.backbone} or --loss "
+                             f"{args.loss} as they are now: {error}") from None
     for p, of_p in parts["optimizer"].state.items():
         for name, t in of_p.items():        # laid out as p is: fused optimisers ignore strides
             if isinstance(t, torch.Tensor) and t.shape == p.shape:
@@ -604,8 +607,7 @@ def train(args):
     join(args.device)
     rank, world = rank_and_world()
     everything, splits, val, sampler = load_data(args)
-    if args.warmup_epochs is not None:
-        args.warmup_steps = args.warmup_epochs * len(sampler)
+    args.warmup_steps = warmup_steps(args, len(sampler))
     model = make_model(args)
     if args.chunk:
         refuse_foreign_randomness(model, args)
