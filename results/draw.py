@@ -254,14 +254,14 @@ def partner(log, plain):
 
 def late_gain(log, plain):
     """(negatives an image that `none` mines in the epoch before the memory starts, what this run
-    gains on it in percent); None but for an `xbn` that starts late.
+    gains on it in percent); None but for an `xbn` that starts after the first epoch.
     """
-    settings, none = log[0]["settings"], partner(log, plain)
+    settings = log[0]["settings"]
     start = next((e for e, record in enumerate(log) if record.get("memory")), 0)
-    if settings["method"] != "xbn" or "variant" in settings or start < 2 or none is None:
-        return None
-    return (none[start - 1]["negatives_mined"] / settings["batch_size"],
-            100 * (log[-1]["recall@1"] - none[-1]["recall@1"]))
+    late = settings["method"] == "xbn" and "variant" not in settings and start > 1
+    none = partner(log, plain) if late else None
+    return none and (none[start - 1]["negatives_mined"] / settings["batch_size"],
+                     100 * (log[-1]["recall@1"] - none[-1]["recall@1"]))
 
 
 def late_gains(groups):
@@ -274,6 +274,8 @@ def late_gains(groups):
             mean, std = (figures.tolist() for figures in mean_and_std(found))
             settings = next(iter(logs.values()))[0]["settings"]
             rows.append((mean, std[1], len(found), "/".join(name), settings))
+    if not rows:
+        raise data.UserError("pays: no xbn that starts after the first epoch has its none here")
     return sorted(rows, key=lambda row: row[0])
 
 
@@ -281,10 +283,11 @@ def pays(args):
     """The gain of each late `xbn` over the negatives that `none` had left, and as a table. A name
     stands at what contradicts the rule: few negatives, or fine-tuning with the paper's loss.
     """
+    rows = late_gains(read_logs(args.runs))
     figure, axis = pyplot().subplots(figsize=(7, 5), layout="constrained")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.axvline(FEW, color="black", linewidth=0.8, linestyle=":")
-    for point, std, runs, name, settings in late_gains(read_logs(args.runs)):
+    for point, std, runs, name, settings in rows:
         ms, scratch = settings["loss"] == "ms", settings["weights"] == "none"
         kind = f"{'MS' if ms else 'paper’s loss'}, {'from scratch' if scratch else 'fine-tuned'}"
         odd = (point[0] < FEW or not (ms or scratch)) != (point[1] > 0)

@@ -255,7 +255,8 @@ def test_draw_makes_every_picture_from_new_runs_and_from_kept_logs(tmp_path):
         out.unlink()
     for command, message in (
             (["idea", "--rows", "8", *TINY], "--rows 8 is less than --batch-size 16"),
-            (["against", "colour", "--runs", *runs], "the runs have no such setting")):
+            (["against", "colour", "--runs", *runs], "the runs have no such setting"),
+            (["pays", *runs], "no xbn that starts after the first epoch")):
         with pytest.raises(SystemExit, match=message):
             draw.main([*command, "--out", str(out)])
 
