@@ -4,6 +4,7 @@
     python results/draw.py curves runs/a-s0 runs/a-s1 runs/b-s0     recall, loss, gain and drift
     python results/draw.py overview runs/a-s0 runs/b-s0             recall and drift alone
     python results/draw.py against batch_size memory_ratio --runs runs/a-s0 runs/b-s0
+    python results/draw.py pays runs/xbn-s0 runs/none-s0            what a late xbn gains, and when
     python results/draw.py sheet runs/a-s0/best.pt --show 8         the worst queries
     python results/draw.py idea --steps 40 --batch-size 64          stored and adapted rows
 
@@ -32,8 +33,8 @@ import train  # noqa: E402
 
 # ------------------------------------------------- logs and their means
 
-def read_runs(paths):
-    """{label: the logs, lists of records, of the runs that differ by their seed alone}."""
+def read_logs(paths):
+    """{(folder, name without the seed): {path: log}}; a log is a list of records."""
     groups = {}
     for path in paths:
         log = path / "log.jsonl" if path.is_dir() else path
@@ -42,6 +43,12 @@ def read_runs(paths):
             raise data.UserError(f"{log}: not the log of a run, its first line has no settings")
         name = re.sub(r"-s\d+$", "", path.name.removesuffix(".jsonl"))
         groups.setdefault((path.parent.name, name), {})[log] = records
+    return groups
+
+
+def read_runs(paths):
+    """{label: the logs of the runs that differ by their seed alone}."""
+    groups = read_logs(paths)
     for logs in groups.values():
         for pair in combinations(logs, 2):
             refuse_unlike(*pair, *(logs[log] for log in pair))
@@ -75,12 +82,15 @@ def in_percent(runs, key, epoch=-1):
 def order_of_means(groups):
     """A sentence: do the means of Recall@1 keep their order over the last third of the epochs?"""
     last = min(len(records) for runs in groups.values() for records in runs) - 1
-    epochs = range(last - last // 3, last + 1)
+    epochs = [e for e in range(last - last // 3, last + 1)      # those that all runs have scored
+              if all("recall@1" in log[e] for runs in groups.values() for log in runs)]
+    if not epochs:
+        return "order of the means of Recall@1: no epoch of the last third is scored in all runs"
     means = {label: torch.stack([mean_and_std(in_percent(runs, "recall@1", e))[0] for e in epochs])
              for label, runs in groups.items()}                                     # each (epochs,)
     swaps = [f"{a} and {b}" for a, b in combinations(means, 2)
              if (means[a] > means[b]).unique().numel() > 1]
-    return (f"order of the means of Recall@1 over epochs {epochs[0]} to {last}: "
+    return (f"order of the means of Recall@1 over epochs {epochs[0]} to {epochs[-1]}: "
             + (f"changes between {', '.join(swaps)}" if swaps else "does not change"))
 
 
@@ -222,6 +232,84 @@ def against(args):
     finish(figure, axes[0, 0], args)
 
 
+# ------------------------------------------------- when a memory pays
+
+OF_THE_MEMORY = {"method", "memory_ratio", "warmup_steps", "fill_memory", "process_noise",
+                 "measurement_noise", "gain_interval", "momentum"}      # `none` uses none of these
+FEW = 0.75      # negatives an image; chosen on the runs in logs/, where 0.73 gains and 0.78 loses
+
+
+def partner(log, plain):
+    """The run of `none` with the seed, length and settings of this log, or None.
+
+    Older logs lack some settings, so only those count that both have. Where two machines ran the
+    same `none`, the partner has the same first epoch: their rounding differs.
+    """
+    mine = log[0]["settings"]
+    alike = [other for other in plain if len(other) == len(log) and all(
+        mine.get(name, value) == value for name, value in other[0]["settings"].items()
+        if name not in OF_THE_MEMORY)]
+    return min(alike, key=lambda other: other[1]["loss"] != log[1]["loss"], default=None)
+
+
+def late_gain(log, plain):
+    """(negatives an image that `none` mines in the epoch before the memory starts, what this run
+    gains on it in percent); None but for an `xbn` that starts after the first epoch.
+    """
+    settings = log[0]["settings"]
+    start = next((e for e, record in enumerate(log) if record.get("memory")), 0)
+    late = settings["method"] == "xbn" and "variant" not in settings and start > 1
+    none = partner(log, plain) if late else None
+    return none and (none[start - 1]["negatives_mined"] / settings["batch_size"],
+                     100 * (log[-1]["recall@1"] - none[-1]["recall@1"]))
+
+
+def late_gains(groups):
+    """[((negatives, gain), its deviation, the runs' number, name and settings)], a row a group."""
+    plain = [log for logs in groups.values() for log in logs.values()
+             if log[0]["settings"]["method"] == "none"]
+    rows = []
+    for name, logs in groups.items():
+        if found := [point for log in logs.values() if (point := late_gain(log, plain))]:
+            mean, std = (figures.tolist() for figures in mean_and_std(found))
+            settings = next(iter(logs.values()))[0]["settings"]
+            rows.append((mean, std[1], len(found), "/".join(name), settings))
+    if not rows:
+        raise data.UserError("pays: no xbn that starts after the first epoch has its none here")
+    return sorted(rows, key=lambda row: row[0])
+
+
+def pays(args):
+    """The gain of each late `xbn` over the negatives that `none` had left, and as a table. A name
+    stands at what contradicts the rule: few negatives, or fine-tuning with the paper's loss.
+    """
+    rows = late_gains(read_logs(args.runs))
+    figure, axis = pyplot().subplots(figsize=(7, 5), layout="constrained")
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axvline(FEW, color="black", linewidth=0.8, linestyle=":")
+    for point, std, runs, name, settings in rows:
+        ms, scratch = settings["loss"] == "ms", settings["weights"] == "none"
+        kind = f"{'MS' if ms else 'paper’s loss'}, {'from scratch' if scratch else 'fine-tuned'}"
+        odd = (point[0] < FEW or not (ms or scratch)) != (point[1] > 0)
+        print(f"{name}  {kind}  runs {runs}  negatives {point[0]:.2f}  gain {point[1]:+.2f}"
+              + f" ± {std:.2f}" * (runs > 1) + "  contradicts" * odd)
+        axis.errorbar(*point, std, fmt="o" if ms else "s", color="#0060c0" if ms else "#d04000",
+                      mfc="white" if scratch else None, capsize=2, label=kind)
+        axis.annotate(name.split("/")[0] * odd, point, (-6, 6), textcoords="offset points",
+                      ha="right")
+    axis.set_xscale("symlog", linthresh=0.25, linscale=0.3, base=2)
+    axis.set_yscale("symlog", linthresh=2)
+    axis.set(xticks=[0, 0.25, 0.5, 1, 2, 4, 8], yticks=[-10, -5, -2, -1, 0, 1, 2, 5, 10, 20],
+             xlabel="negatives an image that none mines in the epoch before the memory starts",
+             ylabel="Recall@1 of xbn minus none")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_formatter("{x:g}")
+    handles, kinds = axis.get_legend_handles_labels()
+    marks = dict(zip(kinds, handles))                               # one of each kind
+    axis.legend(marks.values(), marks.keys(), loc="lower left")
+    figure.savefig(args.out, dpi=100)
+
+
 # ------------------------------------------------- contact sheets
 
 def worst_queries(query, gallery, show):
@@ -355,7 +443,8 @@ def idea(args):
 
 # ------------------------------------------------- python results/draw.py
 
-COMMANDS = {"curves": curves, "overview": curves, "against": against, "sheet": sheet, "idea": idea}
+COMMANDS = {"curves": curves, "overview": curves, "against": against, "pays": pays, "sheet": sheet,
+            "idea": idea}
 
 
 def parse_args(argv=None):
@@ -363,7 +452,7 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     add = {name: commands.add_parser(name, allow_abbrev=False).add_argument for name in COMMANDS}
-    for name in ("curves", "overview"):
+    for name in ("curves", "overview", "pays"):
         add[name]("runs", type=Path, nargs="+", metavar="RUN")
     add["against"]("settings", nargs="+", metavar="SETTING", help="batch_size, memory_ratio, ...")
     add["against"]("--runs", type=Path, nargs="+", metavar="RUN", required=True)

@@ -132,10 +132,12 @@ def test_bench_takes_steps_beside_a_full_memory():
 # ------------------------------------------------- results/draw.py
 
 def keep_log(path, seed=0, last=2, recall=0.5, speeds=(9, 9, 9, 9), memory=(0, 0, 0, 0),
-             **settings):
-    """A log as results/ keeps them."""
-    records = [{"epoch": e, "recall@1": recall, "map@r": 0.2, "images_per_second": speeds[e],
-                "memory": memory[e]} for e in range(last + 1)]
+             epoch_loss=0.1, negatives=(0, 0, 0, 0), **settings):
+    """A log as results/ keeps them, of a run that scores its first and last epoch alone."""
+    records = [{"epoch": e, "images_per_second": speeds[e], "memory": memory[e],
+                "loss": epoch_loss, "negatives_mined": negatives[e]} for e in range(last + 1)]
+    for record in records[0], records[-1]:
+        record |= {"recall@1": recall, "map@r": 0.2}
     records[0]["settings"] = {"method": "xbn", "lr": 0.1, **settings, "seed": seed}
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
@@ -193,6 +195,30 @@ def test_draw_tells_whether_the_order_of_the_means_changes():
     assert told.endswith("changes between flat and rising, late and rising")
 
 
+def test_draw_pairs_each_late_xbn_with_the_none_of_its_settings(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+
+    def keep(name, recall, memory=(0, 0, 0, 5), **log):
+        return str(keep_log(tmp_path / f"{name}.jsonl", recall=recall, memory=memory, **{
+            "last": 3, "batch_size": 16, "loss": "supcon", "weights": "none", **log}))
+
+    def plain(name, recall, negatives=(0, 99, 8, 1), **log):
+        return keep(name, recall, (0, 0, 0, 0), negatives=negatives, method="none", **log)
+    logs = [keep("xbn-s0", 0.53, epoch_loss=0.3), keep("xbn-s1", 0.56, seed=1),
+            plain("none-s1", 0.51, seed=1, warmup_steps=9), plain("none-s0", 0.5, epoch_loss=0.3),
+            plain("machine", 0.4, (0, 9, 9, 9)),                # its first epoch is another
+            keep("tuned", 0.45, weights="imagenet"),
+            plain("tuned-none", 0.5, (0, 9, 80, 9), weights="imagenet", sync_bn=True),
+            keep("early", 0.9, (0, 5, 5, 5)), keep("never", 0.9, (0, 0, 0, 0)),
+            keep("lonely", 0.9, lr=0.2), keep("other", 0.9, variant="drift"),
+            keep("short", 0.9, (0, 0, 5), last=2), keep("xbm", 0.9, method="xbm")]
+    draw.main(["pays", *logs, "--out", str(tmp_path / "p.png")])
+    loss, folder = "paper’s loss", tmp_path.name
+    assert capsys.readouterr().out.splitlines()[:-1] == [
+        f"{folder}/xbn  {loss}, from scratch  runs 2  negatives 0.50  gain +4.00 ± 1.41",
+        f"{folder}/tuned  {loss}, fine-tuned  runs 1  negatives 5.00  gain -5.00  contradicts"]
+
+
 def test_draw_shows_the_worst_queries_first_with_their_neighbours():
     y = torch.arange(5).repeat_interleave(3)
     z = F.one_hot(y, 5).float()
@@ -221,6 +247,7 @@ def test_draw_makes_every_picture_from_new_runs_and_from_kept_logs(tmp_path):
     old = [str(path) for path in sorted((HERE / "results/logs/default").glob("*.jsonl"))]
     for command in (["curves", *runs], ["curves", *old, *runs], ["overview", *runs],
                     ["against", "batch_size", "--runs", *runs, "--time"],
+                    ["overview", str(keep_log(tmp_path / "long.jsonl", last=3))],
                     ["sheet", str(tmp_path / "a-s0" / "best.pt"), "--show", "2", "--device", "cpu"],
                     ["idea", "--steps", "6", "--rows", "32", *TINY]):
         draw.main([*command, "--out", str(out)])
@@ -228,7 +255,8 @@ def test_draw_makes_every_picture_from_new_runs_and_from_kept_logs(tmp_path):
         out.unlink()
     for command, message in (
             (["idea", "--rows", "8", *TINY], "--rows 8 is less than --batch-size 16"),
-            (["against", "colour", "--runs", *runs], "the runs have no such setting")):
+            (["against", "colour", "--runs", *runs], "the runs have no such setting"),
+            (["pays", *runs], "no xbn that starts after the first epoch")):
         with pytest.raises(SystemExit, match=message):
             draw.main([*command, "--out", str(out)])
 
