@@ -1992,7 +1992,7 @@ def test_train_counts_steps_without_pairs_and_warns_of_a_collapse(tmp_path, caps
             and "warning: the embeddings have" in capsys.readouterr().out)
     record["steps_without_pairs"] = 0
     assert "collapsed" in train.warning({**record, "spread": 0.1}, 5)   # a mean cosine of 0.99
-    assert train.warning({**record, "spread": 0.297}, 5) is None
+    assert train.warning({**record, "spread": 0.297}, 5) == ""
     spread = math.nan
     with pytest.raises(SystemExit, match="embeddings hold NaN or infinity"):
         tiny(tmp_path / "d", *flags)
@@ -2624,11 +2624,11 @@ def test_readme_snippet_of_new_images_runs(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="no pictures in photos/"):
         exec(readme_block("no pictures in"), {})
     for k in range(6):
-        jpeg(tmp_path / "photos" / f"{k}.{('jpg', 'JPEG', 'png')[k % 3]}", k)
+        jpeg(tmp_path / "photos" / "a" / f"{k}.{('jpg', 'JPEG', 'png')[k % 3]}", k)
     capsys.readouterr()
     exec(readme_block("no pictures in"), {})
     assert sorted(capsys.readouterr().out.split()) == [
-        "photos/1.JPEG", "photos/2.png", "photos/3.jpg", "photos/4.JPEG", "photos/5.png"]
+        "photos/a/1.JPEG", "photos/a/2.png", "photos/a/3.jpg", "photos/a/4.JPEG", "photos/a/5.png"]
 
 
 def test_readme_snippet_of_several_labels_equals_a_loop():

@@ -331,12 +331,14 @@ def summary(seen, epoch, steps, args):
 
 
 def warning(record, steps):
-    """What an epoch's record should warn of, or None."""
+    """What an epoch's record should warn of, or ""."""
+    texts = []
     if record["steps_without_pairs"] == steps:
-        return "no step of the epoch had a pair to learn from: the loss was 0 throughout"
+        texts.append("no step of the epoch had a pair to learn from: the loss was 0 throughout")
     if record["spread"] < COLLAPSED:
-        return (f"the embeddings have collapsed: all images get nearly the same one (spread "
-                f"{record['spread']:.2g} of 1)")
+        texts.append("the embeddings have collapsed: all images get nearly the same one (spread "
+                     f"{record['spread']:.2g} of 1)")
+    return "; ".join(texts)
 
 
 # ------------------------------------------------- parts of a run

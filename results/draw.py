@@ -121,7 +121,9 @@ def tell(groups):
     """Prints what a table shows of each group."""
     for label, runs in groups.items():
         figures = []
-        for key in ("recall@1", "map@r"):
+        for key in ("val_recall@1", "recall@1", "map@r"):
+            if any(key not in records[-1] for records in runs):
+                continue                                    # no classes were held out
             figures.append(f"{key} {shown(in_percent(runs, key))}")
             if differences := minus_none(groups, runs, key):
                 figures.append(f"minus none {shown(differences, '+')}")
