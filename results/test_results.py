@@ -173,7 +173,7 @@ def test_draw_tells_means_and_differences_to_none_seed_by_seed(tmp_path, capsys)
 
 
 def test_draw_tells_the_scores_of_held_out_classes_first(capsys):
-    runs = [[{"val_recall@1": v, "recall@1": 0.5, "map@r": 0.2,
+    runs = [[{"epoch": 0, "val_recall@1": v, "recall@1": 0.5, "map@r": 0.2,
               "settings": {"method": "none", "seed": k}}] for k, v in enumerate((0.4, 0.6))]
     draw.tell({"a": runs})
     assert capsys.readouterr().out.split("  ")[2] == "val_recall@1 50.00 ± 14.14"
