@@ -466,7 +466,7 @@ def fill_memory(model, criterion, images, args):
             criterion.memory.enqueue(z, y.to(args.device))
 
 
-# ------------------------------------------------- the step
+# ------------------------------------------------- the step, and the scores
 
 def train_epoch(epoch, args, batches, network, model, criterion, optimizer, scaler):
     """One epoch, step by step; returns its line of the log. network: the model, or DDP of it."""
@@ -489,8 +489,8 @@ def train_epoch(epoch, args, batches, network, model, criterion, optimizer, scal
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, math.inf)     # () clips nothing
-        scaler.step(optimizer)                                  # fp16: not if the norm is infinite
+        norm = nn.utils.clip_grad_norm_(parameters, math.inf)       # () clips nothing
+        scaler.step(optimizer)                                      # fp16: not if norm is infinite
         scaler.update()
         measured.add(loss, norm, criterion.loss.pairs)
         measured.drift(model, x, z, state)
