@@ -64,11 +64,6 @@ def number(kind, low, above=False, below=math.inf):
     return number
 
 
-def file_path(text):
-    """An argparse type: a path. Its ~ is the home folder also where no shell says so (--x=~/y)."""
-    return Path(os.path.expanduser(text))
-
-
 def write(path, save):
     """save(file), whole or not at all: what it writes takes the place of `path` at the end."""
     part = path.with_name(path.name + ".part")
@@ -95,7 +90,7 @@ def add_flags(add):
     return [flag.dest for flag in (
         add("--dataset", choices=DATASETS, default="synthetic",
             help="its preset sets train.py's 'preset' flags (synthetic)"),
-        add("--root", type=os.path.expanduser, default="data",
+        add("--root", type=os.path.expanduser, default="data",      # no shell expands --root=~/x
             help="the folder with the unpacked archive (data)"),
         add("--allow-partial", action="store_true",
             help="only warn where counts differ from the official"),
@@ -272,10 +267,11 @@ def read_folder(root):
         inside, end = Path(path).relative_to(root).parts, Path(path).suffix.lower()
         if any(part.startswith((".", "__MACOSX")) for part in inside):
             return False
-        picture = end in readable or (mimetypes.guess_type(path)[0] or "").startswith("image/")
-        if picture and end not in IMG_EXTENSIONS:
+        if end in IMG_EXTENSIONS:
+            return True
+        if end in readable or (mimetypes.guess_type(path)[0] or "").startswith("image/"):
             left_out[end] += 1
-        return end in IMG_EXTENSIONS
+        return False
     try:
         found = ImageFolder(root, is_valid_file=visible, allow_empty=True)
     except FileNotFoundError as error:              # no such folder, or no folder in it
@@ -290,10 +286,10 @@ def read_folder(root):
     def place(path):            # by which images are sorted, the same on every system
         inside = Path(path).relative_to(root)
         return tuple(map(composed, (inside.parts[0], inside.parent, inside.name)))
-    paths = sorted((path for path, _ in found.samples), key=place)
-    names = [place(path)[0] for path in paths]
+    placed = sorted((place(path), path) for path, _ in found.samples)
+    names = [where[0] for where, _ in placed]
     ids = {name: label for label, name in enumerate(dict.fromkeys(names))}
-    return make_split([(path, ids[name]) for path, name in zip(paths, names)]), names
+    return make_split([(path, ids[name]) for (_, path), name in zip(placed, names)]), names
 
 
 def composed(name):

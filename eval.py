@@ -364,15 +364,16 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Scores of a checkpoint, by "
                                      "default on the data that it was trained for.")
     add = parser.add_argument
-    add("file", type=data.file_path,
+    add("file", type=os.path.expanduser,
         help="checkpoint.pt or best.pt of a run, or embeddings in an .npz file")
     parser.set_defaults(**dict.fromkeys(data.add_flags(add)))   # None: as in training
     add("--workers", type=data.number(int, 0),
         help="processes that read images (GPU: one a core, up to 16; CPU: 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--save", type=data.file_path, metavar="FILE.npz",
+    add("--save", type=os.path.expanduser, metavar="FILE.npz",
         help="write embeddings, labels and names there")
     args = parser.parse_args(argv)
+    args.file, args.save = Path(args.file), args.save and Path(args.save)
     data.usable_device(args.device, parser)
     if args.workers is None:
         args.workers = data.default_workers(args.device)

@@ -592,8 +592,9 @@ def open_run(args, fingerprint, parts):
         raise data.UserError(f"--out {out}: holds a log without its checkpoint; use another --out")
     if resumed and rank == 0:
         write_log(out, records)         # it lacks a line if the run was killed after its checkpoint
-    say(f"writing to {out}; stopped at any time, the same command continues after the last epoch",
-        *[f"continuing {out} after epoch {record['epoch']}" for record in records[-1:]])
+    say(f"writing to {out}; stopped at any time, the same command continues after the last epoch")
+    if resumed:
+        say(f"continuing {out} after epoch {records[-1]['epoch']}")
     return lock, records
 
 
