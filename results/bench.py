@@ -199,7 +199,7 @@ class Job(NamedTuple):
 
 def plain_step(job, device):
     """(the criterion with its memory full, a function that trains on images and their labels)."""
-    model = evaluation.Encoder(job.backbone, job.dim, job.frozen_bn, job.chunk)
+    model = evaluation.Encoder(job.backbone, job.dim, job.frozen_bn, job.chunk).train()
     model.to(device, memory_format=(torch.contiguous_format if job.amp == "off" else
                                     torch.channels_last))
     loss_of = train.LOSSES[job.loss][0]

@@ -129,6 +129,15 @@ def test_bench_takes_steps_beside_a_full_memory():
     assert not torch.isclose(full, criterion.memory.embeddings).all(1).any()    # all adapted
 
 
+def test_bench_freezes_batch_norm_where_the_job_says_so(monkeypatch):
+    made, encoder = [], evaluation.Encoder
+    monkeypatch.setattr(evaluation, "Encoder", lambda *a: made.append(encoder(*a)) or made[-1])
+    for frozen in (False, True):
+        _, step = bench.plain_step(bench.Job(frozen_bn=frozen).small(), "cpu")
+        step(torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) // 4)
+    assert [model.backbone[1].num_batches_tracked.item() for model in made] == [1, 0]
+
+
 # ------------------------------------------------- results/draw.py
 
 def keep_log(path, seed=0, last=2, recall=0.5, speeds=(9, 9, 9, 9), memory=(0, 0, 0, 0),
