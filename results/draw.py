@@ -9,7 +9,8 @@
     python results/draw.py idea --steps 40 --batch-size 64          stored and adapted rows
 
 Runs whose names differ by "-s<seed>" alone are averaged: their mean, and one deviation about it.
-Where a run of `none` with the same seed and settings is among them, so is the difference to it.
+Where a run of `none` is among them that has the same seed and settings, but for the memory's, so is
+the difference to it.
 --out names the picture; `idea` takes train.py's flags as well. Needs matplotlib.
 """
 import argparse
@@ -94,19 +95,35 @@ def order_of_means(groups):
             + (f"changes between {', '.join(swaps)}" if swaps else "does not change"))
 
 
-def but_for_method(log):
-    """A key that two logs share if they differ in method alone: same settings, seed and length."""
-    return json.dumps([{**log[0]["settings"], "method": None}, log[-1]["epoch"]], sort_keys=True)
+OF_THE_MEMORY = {"method", "memory_ratio", "warmup_steps", "fill_memory", "process_noise",
+                 "measurement_noise", "gain_interval", "momentum"}      # `none` uses none of these
+
+
+def plain_runs(groups):
+    return [log for runs in groups.values() for log in runs
+            if log[0]["settings"]["method"] == "none"]
+
+
+def partner(log, plain):
+    """The run of `none` with the seed, length and settings of this log, or None.
+
+    Older logs lack some settings, so only those count that both have. Where two machines ran the
+    same `none`, the partner has the same first epoch: their rounding differs.
+    """
+    mine = log[0]["settings"]
+    alike = [other for other in plain if len(other) == len(log) and all(
+        mine.get(name, value) == value for name, value in other[0]["settings"].items()
+        if name not in OF_THE_MEMORY)]
+    return min(alike, key=lambda other: other[:2][-1].get("loss") != log[:2][-1].get("loss"),
+               default=None)
 
 
 def minus_none(groups, runs, key):
-    """Each run's figure minus that of the run of `none` with its seed and settings, in percent; []
-    where one has no such partner. Two runs of a seed share its luck, so these differences can
-    deviate far less than either mean.
+    """Each run's figure minus that of its partner, in percent; [] where one has none. Two runs of a
+    seed share its luck, so these differences can deviate far less than either mean.
     """
-    plain = {but_for_method(log): log for logs in groups.values() for log in logs
-             if log[0]["settings"]["method"] == "none"}
-    partners = [plain.get(but_for_method(log)) for log in runs]
+    plain = plain_runs(groups)
+    partners = [partner(log, plain) for log in runs]
     if runs[0][0]["settings"]["method"] == "none" or None in partners:
         return []
     return [a - b for a, b in zip(in_percent(runs, key), in_percent(partners, key))]
@@ -236,22 +253,7 @@ def against(args):
 
 # ------------------------------------------------- when a memory pays
 
-OF_THE_MEMORY = {"method", "memory_ratio", "warmup_steps", "fill_memory", "process_noise",
-                 "measurement_noise", "gain_interval", "momentum"}      # `none` uses none of these
 FEW = 0.75      # negatives an image; chosen on the runs in logs/, where 0.73 gains and 0.78 loses
-
-
-def partner(log, plain):
-    """The run of `none` with the seed, length and settings of this log, or None.
-
-    Older logs lack some settings, so only those count that both have. Where two machines ran the
-    same `none`, the partner has the same first epoch: their rounding differs.
-    """
-    mine = log[0]["settings"]
-    alike = [other for other in plain if len(other) == len(log) and all(
-        mine.get(name, value) == value for name, value in other[0]["settings"].items()
-        if name not in OF_THE_MEMORY)]
-    return min(alike, key=lambda other: other[1]["loss"] != log[1]["loss"], default=None)
 
 
 def late_gain(log, plain):
@@ -268,9 +270,7 @@ def late_gain(log, plain):
 
 def late_gains(groups):
     """[((negatives, gain), its deviation, the runs' number, name and settings)], a row a group."""
-    plain = [log for logs in groups.values() for log in logs.values()
-             if log[0]["settings"]["method"] == "none"]
-    rows = []
+    plain, rows = plain_runs({name: logs.values() for name, logs in groups.items()}), []
     for name, logs in groups.items():
         if found := [point for log in logs.values() if (point := late_gain(log, plain))]:
             mean, std = (figures.tolist() for figures in mean_and_std(found))

@@ -167,7 +167,7 @@ def test_draw_tells_means_and_differences_to_none_seed_by_seed(tmp_path, capsys)
     recalls = {"none": (0.3, 0.5), "xbn": (0.32, 0.53), "late": (0.4, 0.4), "half": (0.4,)}
     logs = [keep_log(tmp_path / f"{name}-s{seed}.jsonl", seed=seed + 2 * (name == "half"),
                      recall=recall, method="none" if name == "none" else "xbn",
-                     lr=0.2 if name == "late" else 0.1)
+                     lr=0.2 if name == "late" else 0.1, warmup_steps=9 * (name == "xbn"))
             for name, several in recalls.items() for seed, recall in enumerate(several)]
     draw.tell(draw.read_runs(logs))
     assert capsys.readouterr().out.splitlines() == [
