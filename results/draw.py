@@ -9,8 +9,8 @@
     python results/draw.py idea --steps 40 --batch-size 64          stored and adapted rows
 
 Runs whose names differ by "-s<seed>" alone are averaged: their mean, and one deviation about it.
-Where a run of `none` is among them that has the same seed and settings, but for the memory's, so is
-the difference to it.
+Where a run of `none` with the same seed and settings is among them, so is the difference to it; the
+settings of the memory may differ.
 --out names the picture; `idea` takes train.py's flags as well. Needs matplotlib.
 """
 import argparse
@@ -99,9 +99,8 @@ OF_THE_MEMORY = {"method", "memory_ratio", "warmup_steps", "fill_memory", "proce
                  "measurement_noise", "gain_interval", "momentum"}      # `none` uses none of these
 
 
-def plain_runs(groups):
-    return [log for runs in groups.values() for log in runs
-            if log[0]["settings"]["method"] == "none"]
+def runs_of_none(groups):
+    return [log for logs in groups for log in logs if log[0]["settings"]["method"] == "none"]
 
 
 def partner(log, plain):
@@ -122,7 +121,7 @@ def minus_none(groups, runs, key):
     """Each run's figure minus that of its partner, in percent; [] where one has none. Two runs of a
     seed share its luck, so these differences can deviate far less than either mean.
     """
-    plain = plain_runs(groups)
+    plain = runs_of_none(groups.values())
     partners = [partner(log, plain) for log in runs]
     if runs[0][0]["settings"]["method"] == "none" or None in partners:
         return []
@@ -270,7 +269,7 @@ def late_gain(log, plain):
 
 def late_gains(groups):
     """[((negatives, gain), its deviation, the runs' number, name and settings)], a row a group."""
-    plain, rows = plain_runs({name: logs.values() for name, logs in groups.items()}), []
+    plain, rows = runs_of_none(logs.values() for logs in groups.values()), []
     for name, logs in groups.items():
         if found := [point for log in logs.values() if (point := late_gain(log, plain))]:
             mean, std = (figures.tolist() for figures in mean_and_std(found))
